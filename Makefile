@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. Both begin by making .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-fast lint format bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed  ## train, score and compare the paper's methods on the generated world
+	$(BIN)/bfpo-exp -m experiment=methods
+
+test: $(VENV)/.installed-dev lint  ## every check and every test
+	$(BIN)/pytest
+
+test-fast: $(VENV)/.installed-dev  ## the tests that take seconds
+	$(BIN)/pytest -m "not slow"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed  ## how long each stage takes on this machine
+	$(BIN)/python benchmarks/stages.py
+
+# torch first and alone: pip then takes the build that suits the machine (CPU or CUDA).
+$(VENV)/.installed: pyproject.toml
+	$(or $(shell command -v $(PYTHON)),python3) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

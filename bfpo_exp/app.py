@@ -1,0 +1,85 @@
+"""``bfpo-exp``: the Hydra app.  Nothing heavy is imported before a run begins."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from bfpo_exp.errors import UserError
+from bfpo_exp.paths import HOME_VARIABLE, config_dir, home
+from bfpo_exp.runtime import before_imports
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main() -> None:
+    """Compose, check, run; a bad input ends in one line and exit code 2."""
+    before_imports()
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    traceback_wanted = bool(os.environ.get("HYDRA_FULL_ERROR"))
+    # Hydra would print errors its own way, in several lines; with this it hands them on.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(_single)()
+        code = _conclude()
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+        if traceback_wanted:
+            raise
+        print(f"bfpo-exp: {_explained(error)}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("bfpo-exp: interrupted; the same command continues from what is done", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _single(composed: DictConfig) -> None:
+    """One run, as Hydra calls it."""
+    from bfpo_exp.config.check import checked
+    from bfpo_exp.paths import writable_home
+
+    config = checked(composed)
+    root = writable_home()
+
+    from bfpo_exp.preflight import preflight
+    from bfpo_exp.run import run
+    from bfpo_exp.runtime import before_compute
+    from bfpo_exp.tracking.store import prepare
+
+    before_compute(config.threads)
+    uri = prepare(config.tracking, root)
+    preflight(config)
+    outcome = run(config, uri)
+    print(f"{config.label}, seed {config.seed}: {outcome}")
+    print(f"  {outcome.run_dir}")
+    if outcome.status == "failed":
+        sys.exit(1)
+
+
+def _conclude() -> int:
+    """What a sweep that ran in this process has to say; nothing where there was none."""
+    ending = sys.modules.get("bfpo_exp.sweep.ending")
+    return ending.conclude() if ending else 0
+
+
+def _explained(error: Exception) -> object:
+    if isinstance(error, UserError):
+        return error
+    from hydra.errors import MissingConfigException
+
+    if isinstance(error, OSError) and not isinstance(error, MissingConfigException):
+        where = str(error.filename or "")
+        if where.startswith(str(home())):
+            return (
+                f"cannot write to the runs root {home()} ({error.strerror}); set {HOME_VARIABLE} to a "
+                "folder that can be written"
+            )
+        return f"{error.strerror or error}: {where}" if where else error
+    from bfpo_exp.config.explain import explain
+
+    return explain(error)  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""From a composed Hydra config to a checked `Config`, or to one line that says what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from bfpo_exp.config.schema import Config
+from bfpo_exp.errors import UserError, unknown
+from bfpo_exp.losses import get_loss
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def checked(composed: DictConfig) -> Config:
+    """The typed config; raises `UserError` for the first value out of type or range."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise UserError(f"{missing[0]} has no value; set {missing[0]}=...")
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (MissingMandatoryValue, OmegaConfBaseException) as error:
+        raise UserError(str(error).split("full_key")[0]) from None
+    config = _validated(Config, plain, prefix="")
+    _check_loss(config)
+    return config
+
+
+def _check_loss(config: Config) -> None:
+    _validated(get_loss(config.loss.name).hyperparameters, config.loss.hyperparameters, prefix="loss.")
+
+
+def _validated(model: type[M], values: Any, prefix: str) -> M:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _explained(model, error, prefix) from None
+
+
+def _explained(model: type[BaseModel], error: ValidationError, prefix: str) -> UserError:
+    """One line for the first problem: the key, what was given, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
+    key = prefix + ".".join(path)
+    if first["type"] == "extra_forbidden":
+        return unknown(
+            f"key in {(prefix + '.'.join(path[:-1])).rstrip('.') or 'the config'}",
+            path[-1],
+            _fields_at(model, path[:-1]),
+        )
+    if first["type"] == "missing":
+        return UserError(f"{key} has no value; set {key}=...")
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        return UserError(f"{key}: {message}" if key else message)
+    if first["type"] == "literal_error":
+        return UserError(f"{key}={first['input']!r} is not allowed; allowed: {first['ctx']['expected']}")
+    return UserError(f"{key}={first['input']!r} is not allowed: {message[0].lower()}{message[1:]}")
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """The names of the fields of the node that a path leads to."""
+    node: Any = model
+    for part in path:
+        if isinstance(node, type) and issubclass(node, BaseModel):
+            node = node.model_fields[part].annotation
+        else:  # a mapping of named nodes, such as data.pairs.<name>
+            node = node.__args__[1]
+    return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []

@@ -1,0 +1,309 @@
+"""The type and the range of every value that a user may set.
+
+``conf/*.yaml`` holds the defaults and a line of explanation for each key; this module holds what
+is allowed.  There are no defaults here, so the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Stage = Literal["base", "sft", "reference", "preference", "evaluate"]
+StreamName = Literal["helpfulness", "safety"]
+STREAMS: tuple[StreamName, ...] = ("helpfulness", "safety")
+
+
+def _size(value: Any) -> Any:
+    """Sizes are whole numbers of rows, or fractions; 1 means one row and 1.0 all of them."""
+    if value is None:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("a size is a number of rows, a fraction in (0, 1], or null for all rows")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError("a fraction lies in (0, 1]; for a number of rows write a whole number")
+    if isinstance(value, int) and value < 0:
+        raise ValueError("a number of rows is not negative")
+    return value
+
+
+Size = Annotated[int | float | None, BeforeValidator(_size)]
+
+
+class Strict(BaseModel):
+    """A config node: no unknown keys, no silent conversions of text to numbers, read-only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ---------------------------------------------------------------- data
+
+
+class Source(Strict):
+    """One data set: where its rows are, how they read, how many are taken."""
+
+    reader: str
+    hub: str | None
+    revision: str | None
+    split: str
+    files: list[str] | None
+    size: Size
+    columns: dict[str, str]
+    options: dict[str, Any]
+
+
+class PairSource(Source):
+    """A source of preference pairs, and the stream that it feeds."""
+
+    stream: StreamName
+    assume_safe: bool
+
+
+class SftSource(Source):
+    """A source of demonstrations; of a preference pair, ``take`` names the response."""
+
+    take: Literal["conversation", "more_helpful", "safer"]
+
+
+class Ranker(Strict):
+    """Who supplies a helpfulness order that the data lacks."""
+
+    kind: Literal["none", "column", "model", "longer"]
+    columns: list[str] | None
+    model: str | None
+    output: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _complete(self) -> Ranker:
+        if self.kind == "column" and (self.columns is None or len(self.columns) != 2):
+            raise ValueError(
+                "ranker kind 'column' needs columns=[score of the first response, of the second]"
+            )
+        if self.kind == "model" and not self.model:
+            raise ValueError("ranker kind 'model' needs model=<folder of a sequence classifier>")
+        return self
+
+
+class Format(Strict):
+    """The one rule for chat format and length."""
+
+    template: str | None
+    system: str | None
+    max_length: Count
+    max_prompt_length: Count
+    close_truncated: bool
+
+    @model_validator(mode="after")
+    def _room(self) -> Format:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length={self.max_prompt_length} leaves no room for a response "
+                f"within max_length={self.max_length}"
+            )
+        return self
+
+
+class Data(Strict):
+    """The mix: sources of pairs in two streams, demonstrations for SFT, format, ranker."""
+
+    name: str
+    seed: Seed
+    streams: list[StreamName]
+    batches: Literal["balanced", "shuffle"]
+    heldout: Annotated[float, Field(ge=0, lt=1)]
+    pairs: dict[str, PairSource]
+    sft: dict[str, SftSource]
+    ranker: Ranker
+    format: Format
+
+    @model_validator(mode="after")
+    def _mix(self) -> Data:
+        if not self.streams:
+            raise ValueError("the data mix is empty: streams=[]; allowed: helpfulness, safety")
+        for stream in self.streams:
+            sources = {n: s for n, s in self.pairs.items() if s.stream == stream}
+            if not any(source.size != 0 for source in sources.values()):
+                raise ValueError(
+                    f"the data mix is empty: no source with rows feeds the stream {stream!r} "
+                    f"(sources: {', '.join(self.pairs) or 'none'})"
+                )
+        if self.batches == "balanced" and len(set(self.streams)) != 2:
+            raise ValueError(
+                f"batches=balanced takes as many pairs from each of two streams, but streams="
+                f"{self.streams}; use batches=shuffle"
+            )
+        return self
+
+
+# ---------------------------------------------------------------- model
+
+
+class Tokenizer(Strict):
+    """Where the tokenizer comes from: the model's folder, the world's words, or trained BPE."""
+
+    kind: Literal["pretrained", "world", "bpe"]
+    vocab_size: Annotated[int, Field(ge=300)] | None
+
+
+class Pretraining(Strict):
+    """The corpus from which a random model becomes a base model (generated world only)."""
+
+    samples: Count
+    harmful: Share
+    recognition: Share
+    seed: Seed
+
+
+class Model(Strict):
+    """A policy: pretrained weights at ``path``, or random weights of ``architecture``."""
+
+    name: str
+    path: str | None
+    revision: str | None
+    trust_remote_code: bool
+    architecture: dict[str, Any] | None
+    tokenizer: Tokenizer
+    pretraining: Pretraining | None
+    dtype: Literal["float32", "bfloat16"]
+    attention: Literal["sdpa", "eager"]
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.path is None) == (self.architecture is None):
+            raise ValueError(
+                "give either path (pretrained weights) or architecture (random weights), not "
+                + ("neither; set model.path=<folder or hub id>" if self.path is None else "both")
+            )
+        return self
+
+
+# ---------------------------------------------------------------- training
+
+
+class Optimisation(Strict):
+    """How one stage trains: which weights, how long, at what rate."""
+
+    trainable: Literal["all"] | list[str]
+    steps: Annotated[int, Field(ge=0)] | None
+    epochs: Positive | None
+    batch: Count
+    microbatch: Count
+    lr: Positive
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup: Share
+    weight_decay: NonNegative
+    betas: tuple[Share, Share]
+    clip: Positive | None
+    log_every: Count
+
+    @model_validator(mode="after")
+    def _length(self) -> Optimisation:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"give either steps or epochs, got steps={self.steps}, epochs={self.epochs}")
+        if self.trainable == []:
+            raise ValueError("trainable=[] trains nothing; name module suffixes, or 'all'")
+        return self
+
+
+class SeededOptimisation(Optimisation):
+    """A stage that a sweep shares: its seed is its own, not the run's."""
+
+    seed: Seed
+
+
+class Train(Optimisation):
+    """The preference stage, with the two stages before it."""
+
+    base: SeededOptimisation
+    sft: SeededOptimisation
+
+
+class Deepspeed(Strict):
+    """Which engine steps the weights."""
+
+    name: Literal["none"]
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+class Task(Strict):
+    """One task of the benchmark: what is asked, how it is judged, which score it feeds."""
+
+    kind: str
+    feeds: Literal["helpfulness", "disc", "gen", "over_refusal", "none"]
+    size: Count
+    options: dict[str, Any]
+
+
+class Sampling(Strict):
+    """How responses are drawn."""
+
+    temperature: NonNegative
+    max_new_tokens: Count
+    batch: Count
+
+
+class Eval(Strict):
+    """The benchmark: a list of tasks on one split, and how responses are drawn."""
+
+    name: str
+    split: Literal["dev", "test"]
+    seed: Seed
+    choice_score: Literal["mean", "sum"]
+    sampling: Sampling
+    tasks: dict[str, Task]
+
+
+class Tracking(Strict):
+    """Where runs are recorded."""
+
+    uri: str
+    experiment: Annotated[str, Field(min_length=1)]
+
+
+class Loss(BaseModel):
+    """A loss by name, the order of the pair it trains on, and its own hyper-parameters.
+
+    The hyper-parameters are those of the loss's function and are checked against its signature
+    (see ``bfpo_exp.losses.registry``).
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+    order: Literal["helpfulness", "safety", "stream"]
+    logps: Literal["sum", "mean"]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The values beyond name, order and log-prob reduction."""
+        return dict(self.model_extra or {})
+
+
+class Config(Strict):
+    """One run."""
+
+    seed: Seed
+    threads: Count
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    method: str | None
+    model: Model
+    data: Data
+    loss: Loss
+    deepspeed: Deepspeed
+    train: Train
+    eval: Eval
+    tracking: Tracking
+
+    @property
+    def label(self) -> str:
+        """The name of the row in a table: the method's, else the loss's."""
+        return self.method or self.loss.name

@@ -1,0 +1,29 @@
+"""The one error that a user may see, and the search for the name that was meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A bad input, in one line: what was given, what is allowed, the nearest valid name.
+
+    Raised at the edge, before any compute is spent; the command prints the message without a
+    traceback and ends with exit code 2.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def unknown(what: str, given: object, allowed: Iterable[object]) -> UserError:
+    """An error for a name outside a closed list, with the nearest valid name.
+
+    >>> print(unknown("loss", "bfpx", ["dpo", "ipo", "bfpo"]))
+    unknown loss 'bfpx'; allowed: bfpo, dpo, ipo; nearest: 'bfpo'
+    """
+    names = sorted(str(name) for name in allowed)
+    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    hint = f"; nearest: {near[0]!r}" if near else ""
+    return UserError(f"unknown {what} {given!r}; allowed: {', '.join(names) or 'none'}{hint}")

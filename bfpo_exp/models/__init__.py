@@ -1,0 +1,1 @@
+"""Models and tokenizers: made from random weights, or loaded from a folder or a hub id."""

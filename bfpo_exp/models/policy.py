@@ -1,0 +1,144 @@
+"""Policies: causal language models of transformers, and which of their weights are trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from bfpo_exp.config.schema import Model
+from bfpo_exp.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def is_local(path: str) -> bool:
+    """Whether a model's path means a folder rather than a hub id (``owner/name``)."""
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or Path(path).exists()
+
+
+def check_model(config: Model) -> None:
+    """A `UserError` for a path that holds no model, before anything is loaded.
+
+    A hub id is looked up through its ``config.json``, cached or from the hub.
+    """
+    if config.path is None:
+        return
+    if not is_local(config.path):
+        from transformers import AutoConfig
+
+        try:
+            AutoConfig.from_pretrained(
+                config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.path={config.path!r} is neither a folder nor a model that can be had from the "
+                f"hub ({str(error).splitlines()[0]})"
+            ) from None
+        return
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model.path={config.path!r} is no model: there is no such folder")
+    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (*.safetensors)")):
+        if not any(folder.glob(pattern)):
+            raise UserError(
+                f"model.path={config.path!r} is no model: it holds no {what}; expected a folder written "
+                "by save_pretrained"
+            )
+
+
+def weights_fingerprint(config: Model) -> str:
+    """What identifies pretrained weights: hub id and revision, or the files of a folder.
+
+    Small files are taken by content, weight files by name, size and time of change, so that a
+    folder of many gigabytes costs nothing to name.
+    """
+    assert config.path is not None
+    if not is_local(config.path):
+        return f"{config.path}@{config.revision}"
+    digest = hashlib.sha256()
+    for file in sorted(Path(config.path).expanduser().iterdir()):
+        if file.suffix == ".safetensors":
+            status = file.stat()
+            digest.update(f"{file.name}:{status.st_size}:{status.st_mtime_ns}".encode())
+        elif file.is_file() and file.suffix in {".json", ".jinja", ".model", ".txt"}:
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def random_policy(config: Model, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+    """A model of ``config.architecture`` with random weights from ``config.seed``."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(config.architecture or {})
+    kind = fields.pop("model_type", None)
+    try:
+        architecture = AutoConfig.for_model(
+            kind,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **fields,
+        )
+        torch.manual_seed(config.seed)
+        model = AutoModelForCausalLM.from_config(
+            architecture, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"model.architecture={config.architecture}: {str(error).splitlines()[0]}") from None
+    return model.to(device).eval()
+
+
+def load_policy(path: str | Path, config: Model, *, own: bool, device: torch.device) -> PreTrainedModel:
+    """The model at ``path`` in the configured dtype and attention, in evaluation mode.
+
+    ``own`` says that this project wrote the folder; otherwise the config's revision and its word on
+    remote code apply.  Weights are read from safetensors only.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path),
+        revision=None if own else config.revision,
+        trust_remote_code=False if own else config.trust_remote_code,
+        dtype=DTYPES[config.dtype],
+        attn_implementation=config.attention,
+        use_safetensors=True,
+    )
+    return model.eval().to(device)  # type: ignore[arg-type]
+
+
+def select_trainable(
+    model: torch.nn.Module, trainable: Literal["all"] | Sequence[str]
+) -> list[torch.nn.Parameter]:
+    """Freeze everything but the parameters of the modules whose names end with one of the suffixes.
+
+    ``["mlp.down_proj"]`` is the paper's choice: one matrix of every block.  Returns the trained
+    parameters in the model's order.
+    """
+    if trainable == "all":
+        model.requires_grad_(True)
+        return list(model.parameters())
+    suffixes = {s for name, _ in model.named_modules() if name for s in _suffixes(name)}
+    for pattern in trainable:
+        if pattern not in suffixes:
+            leaves = {name for name in suffixes if not any(part.isdigit() for part in name.split("."))}
+            raise unknown("module in train.trainable", pattern, leaves)
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if any(name == pattern or name.endswith("." + pattern) for pattern in trainable):
+            module.requires_grad_(True)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _suffixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]

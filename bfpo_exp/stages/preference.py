@@ -1,0 +1,181 @@
+"""The preference stage: tokenised pairs, the reference's log-probs, a policy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_from_disk
+
+from bfpo_exp.config.schema import StreamName
+from bfpo_exp.data.pairs import TokenisedPairs
+from bfpo_exp.data.tokenise import tokenise_pairs
+from bfpo_exp.errors import UserError
+from bfpo_exp.hashing import code_version
+from bfpo_exp.logprobs.reference import PairLogps, reference_logps
+from bfpo_exp.models.policy import load_policy, select_trainable
+from bfpo_exp.progress import progress
+from bfpo_exp.stages.base import METRICS, chat_format, save, tokenizer
+from bfpo_exp.stages.context import Context, Weights
+from bfpo_exp.tracking.metrics_file import MetricsFile
+from bfpo_exp.train.engine import PlainEngine
+from bfpo_exp.train.loop import total_steps, train
+from bfpo_exp.train.preference import PreferenceObjective
+
+# How far the first step's loss may lie from its value at policy == reference, relatively: the two
+# are computed in batches of another shape, which moves log-probs in their last digits.
+STEP_ZERO_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+
+
+def tokenised_stream(context: Context, stream: StreamName) -> Path:
+    """The tokenised pairs of one stream, with the counts of what tokenisation dropped."""
+    mix = context.pair_mix(stream)
+    made_of = {
+        "pairs": mix.fingerprint,
+        "tokenizer": tokenizer(context).key,
+        "format": context.config.data.format.model_dump(),
+        "code": code_version("data/chat", "data/tokenise"),
+    }
+
+    def make(folder: Path) -> None:
+        tokens, counts = tokenise_pairs(mix.records, chat_format(context))
+        tokens.save_to_disk(str(folder / "tokens"))
+        (folder / "counts.json").write_text(json.dumps(counts))
+
+    return context.store.get("pairs", made_of, make)
+
+
+def reference_of_stream(context: Context, reference: Weights, tokens: Path, stream: StreamName) -> PairLogps:
+    """The reference's log-probs of one stream's pairs."""
+    model = context.config.model
+    made_of = {
+        "reference": reference.key,
+        "pairs": tokens.name,
+        **context.numerics,
+        "code": code_version("logprobs", "models/policy"),
+    }
+
+    def make(folder: Path) -> None:
+        pairs = TokenisedPairs.of([_tokens(tokens)])
+        policy = load_policy(reference.path, model, own=reference.own, device=context.device)
+        with progress(f"reference log-probs, {stream}", 2 * len(pairs)) as advance:
+            reference_logps(policy, pairs, advance).save(folder)
+
+    return PairLogps.load(context.store.get("reference", made_of, make))
+
+
+def _tokens(folder: Path) -> Dataset:
+    tokens = load_from_disk(str(folder / "tokens"))
+    assert isinstance(tokens, Dataset)
+    return tokens
+
+
+def policy(context: Context, reference: Weights) -> Weights:
+    """The reference, trained on the preference pairs with the run's loss."""
+    config = context.config
+    streams = [(stream, tokenised_stream(context, stream)) for stream in config.data.streams]
+    made_of = {
+        "reference": reference.key,
+        "pairs": {stream: path.name for stream, path in streams},
+        "batches": config.data.batches,
+        "loss": config.loss.model_dump(),
+        "optimisation": config.train.model_dump(exclude={"base", "sft"}),
+        "seed": config.seed,
+        **context.numerics,
+        "code": code_version(
+            "data/batches", "data/pairs", "logprobs", "losses", "models/policy", "train", "stages/preference"
+        ),
+    }
+
+    def make(folder: Path) -> None:
+        pairs = TokenisedPairs.of([_tokens(path) for _, path in streams])
+        logps = PairLogps.concatenate(
+            [reference_of_stream(context, reference, path, stream) for stream, path in streams]
+        )
+        _train(context, reference, PreferenceObjective(pairs, logps, config, context.device), folder)
+
+    path = context.store.get("policy", made_of, make)
+    context.copy_metrics(path / METRICS)
+    return Weights(str(path), path.name, own=True)
+
+
+def _train(context: Context, reference: Weights, objective: PreferenceObjective, folder: Path) -> None:
+    config = context.config
+    model = load_policy(reference.path, config.model, own=reference.own, device=context.device)
+    steps = total_steps(config.train, objective.rows)
+    engine = PlainEngine(model, select_trainable(model, config.train.trainable), config.train, steps)
+    file = MetricsFile(folder / METRICS)
+    meter = Meter(objective)
+
+    def on_log(taken: int, values: Mapping[str, float]) -> None:
+        values = dict(values)
+        at_reference = values.pop("loss_at_reference")
+        if taken == 1:
+            _assert_step_zero(values["loss"], at_reference, config.model.dtype)
+        if not math.isfinite(values["loss"]):
+            raise UserError(
+                f"the loss is {values['loss']} at step {taken} of {steps}: lower train.lr "
+                f"({config.train.lr}) or set train.clip"
+            )
+        context.log_as("train", file, taken, values | meter.read(taken))
+
+    with progress(f"{config.label}, seed {config.seed}", steps) as advance:
+        train(engine, objective, steps, config.train.log_every, on_log, advance)
+    file.close()
+    save(model, chat_format(context), folder)
+
+
+def _assert_step_zero(loss: float, at_reference: float, dtype: str) -> None:
+    """The first step's loss is the loss at policy == reference, or the two were not computed alike."""
+    if not math.isclose(loss, at_reference, rel_tol=STEP_ZERO_TOLERANCE[dtype], abs_tol=1e-5):
+        raise AssertionError(
+            f"the loss of the first step is {loss:.6g}, but at policy == reference it is "
+            f"{at_reference:.6g}: the reference's log-probs are not those of the model that is trained"
+        )
+
+
+class Meter:
+    """Speed since the last reading, and the peak of memory since the start."""
+
+    def __init__(self, objective: PreferenceObjective) -> None:
+        self.objective = objective
+        self.taken = 0
+        self.last = time.perf_counter()
+        _reset_peak_memory()
+
+    def read(self, taken: int) -> dict[str, float]:
+        """Pairs and tokens a second over the steps since the last reading; peak memory in GB (1e9)."""
+        seconds = time.perf_counter() - self.last
+        steps = range(self.taken, taken)
+        values = {
+            "perf/pairs_per_second": len(steps) * self.objective.batches.batch / seconds,
+            "perf/tokens_per_second": sum(self.objective.tokens(step) for step in steps) / seconds,
+            "perf/peak_memory_gb": _peak_memory_bytes() / 1e9,
+        }
+        self.taken, self.last = taken, time.perf_counter()
+        return values
+
+
+def _reset_peak_memory() -> None:
+    """Forget the peak of what this process did before, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory_bytes() -> float:
+    """Peak memory of the device that trains: the GPU's allocations, or the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * float(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

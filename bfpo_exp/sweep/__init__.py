@@ -1,0 +1,1 @@
+"""Sweeps: many runs from one command, checked together, compared at the end."""

@@ -1,0 +1,1 @@
+"""Training: an engine that steps weights, objectives that give losses, and the loop between them."""

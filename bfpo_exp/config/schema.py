@@ -213,9 +213,10 @@ class Optimisation(Strict):
 
 
 class SeededOptimisation(Optimisation):
-    """A stage that a sweep shares: its seed is its own, not the run's."""
+    """A stage that a sweep shares: its seed and its CPU threads are its own, not the run's."""
 
     seed: Seed
+    threads: Count
 
 
 class Train(Optimisation):

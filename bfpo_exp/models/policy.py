@@ -113,7 +113,7 @@ def load_policy(path: str | Path, config: Model, *, own: bool, device: torch.dev
         attn_implementation=config.attention,
         use_safetensors=True,
     )
-    return model.eval().to(device)  # type: ignore[arg-type]
+    return model.eval().to(device)
 
 
 def select_trainable(

@@ -14,6 +14,7 @@ from bfpo_exp.hashing import code_version
 from bfpo_exp.models.policy import load_policy, random_policy, select_trainable, weights_fingerprint
 from bfpo_exp.models.tokenizers import bpe_tokenizer, load_tokenizer, word_tokenizer
 from bfpo_exp.progress import progress
+from bfpo_exp.runtime import cpu_threads
 from bfpo_exp.stages.context import Context, Weights, demo_mix
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.train.demonstrations import DemonstrationObjective
@@ -77,7 +78,7 @@ def base_model(context: Context) -> Weights:
         "code": code_version("models", "stages/base"),
     }
     if pretraining:
-        made_of |= {
+        made_of |= context.numerics(config.train.base.threads) | {
             "pretraining": pretraining.model_dump(),
             "optimisation": config.train.base.model_dump(),
             "format": config.data.format.model_dump(),
@@ -120,7 +121,7 @@ def sft_model(context: Context, base: Weights) -> Weights:
         "demonstrations": demos.fingerprint,
         "format": config.data.format.model_dump(),
         "optimisation": config.train.sft.model_dump(),
-        **context.numerics,
+        **context.numerics(config.train.sft.threads),
         "code": code_version("data", "models", "train", "logprobs", "stages/base"),
     }
 
@@ -158,7 +159,7 @@ def _train_on_demonstrations(
     steps = total_steps(optimisation, objective.rows)
     engine = PlainEngine(model, select_trainable(model, optimisation.trainable), optimisation, steps)
     file = MetricsFile(folder / METRICS)
-    with progress(stage, steps) as advance:
+    with cpu_threads(optimisation.threads), progress(stage, steps) as advance:
         train(
             engine,
             objective,

@@ -41,12 +41,18 @@ class Context:
         """The device on which models run."""
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    @property
-    def numerics(self) -> dict[str, object]:
-        """What the last bits of a model's numbers depend on, beyond weights and data."""
+    def numerics(self, threads: int | None = None) -> dict[str, Any]:
+        """What the last bits of a model's numbers depend on, beyond weights and data.
+
+        ``threads`` are a stage's own, where they are not the run's.
+        """
         model, device = self.config.model, self.device.type
-        threads = self.config.threads if device == "cpu" else None
-        return {"dtype": model.dtype, "attention": model.attention, "device": device, "threads": threads}
+        return {
+            "dtype": model.dtype,
+            "attention": model.attention,
+            "device": device,
+            "threads": (threads or self.config.threads) if device == "cpu" else None,
+        }
 
     def pair_mix(self, stream: StreamName) -> PairMix:
         """The training pairs of one stream."""

@@ -78,7 +78,7 @@ def _responses(
         "format": config.data.format.model_dump(),
         "sampling": config.eval.sampling.model_dump(),
         "seed": config.seed,
-        **context.numerics,
+        **context.numerics(),
         "code": code_version("eval/generate", "data/chat", "models/policy"),
     }
 

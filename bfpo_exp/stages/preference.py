@@ -57,7 +57,7 @@ def reference_of_stream(context: Context, reference: Weights, tokens: Path, stre
     made_of = {
         "reference": reference.key,
         "pairs": tokens.name,
-        **context.numerics,
+        **context.numerics(),
         "code": code_version("logprobs", "models/policy"),
     }
 
@@ -87,7 +87,7 @@ def policy(context: Context, reference: Weights) -> Weights:
         "loss": config.loss.model_dump(),
         "optimisation": config.train.model_dump(exclude={"base", "sft"}),
         "seed": config.seed,
-        **context.numerics,
+        **context.numerics(),
         "code": code_version(
             "data/batches", "data/pairs", "logprobs", "losses", "models/policy", "train", "stages/preference"
         ),

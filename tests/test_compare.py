@@ -324,11 +324,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 
 def test_the_report_of_a_sweep(sweep: tuple[Path, str, str], tmp_path: Path) -> None:
     _, uri, parent = sweep
-    text, files = sweep_report(uri, "e", parent, tmp_path, caption="All data is shared.")
+    table, files = sweep_report(uri, "e", parent, tmp_path)
+    assert not isinstance(table, str)
+    text = to_text(table)
     assert {f.name for f in files} == {"table.md", "table.csv", "table.tex", "pareto.png", "pareto.svg"}
     assert all(f.stat().st_size for f in files)
     assert "71.0±1.4" in text  # 70 and 72: mean 71, sd sqrt(2)
-    assert "All data is shared." in text
+    assert "Seeds that vary: seed." in text
     assert "1 of 4 runs failed: out of memory (1x)." in text
 
 
@@ -340,7 +342,7 @@ def test_a_sweep_without_results_is_told_in_a_line(sweep: tuple[Path, str, str],
         [],
     )
     text, files = sweep_report(uri, "e", "0" * 32, tmp_path)
-    assert text.startswith("No comparison yet: ")
+    assert str(text).startswith("No comparison yet: ")
     assert files == []
 
 

@@ -13,6 +13,7 @@ from bfpo_exp.compare.table import LOWER_IS_BETTER, Cell, Comparison
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,19 @@ def to_rich(grid: Grid) -> RenderableType:
             table.add_column(Text(name.replace("-", "-\n").replace(" ", "\n")), justify="right")
     for r, row in enumerate(grid.rows):
         cells = [value.replace(" ± ", "±") for value in row]
-        table.add_row(*(Text(v, "bold green" if (r, c) in grid.best else "") for c, v in enumerate(cells)))
-    return Group(Text(grid.title, "bold"), table, "", *(Text(line, "dim") for line in _below(grid)))
+        table.add_row(*(_cell(grid, r, c, value) for c, value in enumerate(cells)))
+    return Group(
+        Text(grid.title, "bold"), table, "", *(Text(line, "dim") for line in _starred(grid) + _below(grid))
+    )
+
+
+def _cell(grid: Grid, row: int, column: int, value: str) -> Text:
+    """A cell's text: the best of a column bold, and starred for those who see no colours."""
+    from rich.text import Text
+
+    if (row, column) in grid.best:
+        return Text(f"{value}*", "bold green")
+    return Text(value if column < grid.text_columns or not grid.best else f"{value} ")
 
 
 def show(grid: Grid) -> None:
@@ -175,6 +187,10 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _below(grid: Grid) -> list[str]:
     return [line for line in (grid.caption, *map(_sentence, grid.notes)) if line]
+
+
+def _starred(grid: Grid) -> list[str]:
+    return ["* best of its column."] if grid.best else []
 
 
 def _sentence(text: str) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from bfpo_exp.compare.collect import runs_of
 from bfpo_exp.compare.pareto import plot_pareto
-from bfpo_exp.compare.render import grid, to_csv, to_latex, to_markdown, to_text
+from bfpo_exp.compare.render import Grid, grid, to_csv, to_latex, to_markdown
 from bfpo_exp.compare.table import HELPFULNESS, SAVG, Comparison, compare
 from bfpo_exp.errors import UserError
 from bfpo_exp.tracking.client import connect, reading
 
 
 def sweep_report(
-    uri: str, experiment: str, parent_id: str, out_dir: Path | str, caption: str | None = None
-) -> tuple[str, list[Path]]:
-    """The text to print at a sweep's end, and the files written into ``out_dir``.
+    uri: str, experiment: str, parent_id: str, out_dir: Path | str
+) -> tuple[Grid | str, list[Path]]:
+    """The table to show at a sweep's end, and the files written into ``out_dir``.
 
     A store that cannot be read and a sweep without a finished run each give a line that says so
     and no file; a sweep is not made to fail by its report.
@@ -27,13 +28,13 @@ def sweep_report(
             runs = runs_of(client, experiment, parent_id)
     except UserError as error:
         return f"No comparison yet: {error}; later: bfpo-compare {parent_id}", []
-    comparison = compare(runs, f"Sweep {name}", caption=caption)
+    comparison = compare(runs, f"Sweep {name}")
     if not any(row.n for row in comparison.rows):
         why = "; ".join(comparison.footnotes) or "it has no runs"
         return f"Sweep {name}: no run has finished, so there is nothing to compare ({why}).", []
     files, plots = write_report(comparison, Path(out_dir))
-    text = to_text(grid(comparison))
-    return text if plots else f"{text}{no_plot()}\n", files + plots
+    shown = grid(comparison)
+    return shown if plots else replace(shown, notes=(*shown.notes, no_plot())), files + plots
 
 
 def write_report(comparison: Comparison, out_dir: Path) -> tuple[list[Path], list[Path]]:

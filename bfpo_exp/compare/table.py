@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bfpo_exp.compare.collect import RunRow
@@ -82,11 +82,10 @@ def compare(
     title: str,
     metrics: Sequence[str] = DEFAULT_METRICS,
     sort: str | None = None,
-    caption: str | None = None,
 ) -> Comparison:
     """Group runs into settings and average each metric over the finished ones.
 
-    ``caption`` may say what varies with the seed and what the runs share.  With ``sort`` the best
+    The caption says which seeds vary between the runs and which they share.  With ``sort`` the best
     setting by that metric comes first.  Raises `UserError` for a ``sort`` that no run has.
     """
     params = [run.params for run in runs]
@@ -102,7 +101,7 @@ def compare(
         rows = _sorted(rows, sort, {m for run in runs for m in run.metrics})
     return Comparison(
         title=title,
-        caption=" ".join(filter(None, [_spread(rows), caption])),
+        caption=" ".join(filter(None, [_spread(rows), _seeds(params)])),
         names=tuple(short_names(names)),
         metrics=tuple(shown),
         rows=tuple(rows),
@@ -125,6 +124,22 @@ def _spread(rows: Sequence[Row]) -> str:
         return "In percent; one run a setting, so no spread is known."
     n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"In percent; mean ± sample standard deviation over seeds, n = {n}."
+
+
+def _seeds(params: Sequence[Mapping[str, str]]) -> str:
+    """What is random anew in each run, and what the runs have in common."""
+    values: dict[str, set[str]] = {}
+    for run in params:
+        for name, value in run.items():
+            if name == "seed" or name.endswith(".seed"):
+                values.setdefault(name, set()).add(value)
+    varying = sorted(name for name, found in values.items() if len(found) > 1)
+    shared = sorted(set(values) - set(varying))
+    return " ".join(
+        f"{how}: {', '.join(names)}."
+        for how, names in (("Seeds that vary", varying), ("shared by all runs", shared))
+        if names and varying
+    )
 
 
 def _unfinished(runs: Sequence[RunRow]) -> list[str]:

@@ -18,8 +18,6 @@ def main() -> None:
     """Compose, check, run; a bad input ends in one line and exit code 2."""
     before_imports()
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
     traceback_wanted = bool(os.environ.get("HYDRA_FULL_ERROR"))
     # Hydra would print errors its own way, in several lines; with this it hands them on.
@@ -27,15 +25,29 @@ def main() -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(_single)()
         code = _conclude()
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        if traceback_wanted:
-            raise
-        print(f"bfpo-exp: {_explained(error)}", file=sys.stderr)
-        code = 2
+    except _BadInput as bad:
+        code = _told(bad.error)
     except KeyboardInterrupt:
         print("bfpo-exp: interrupted; the same command continues from what is done", file=sys.stderr)
         code = 130
+    except Exception as error:
+        line = _explained(error)
+        if traceback_wanted or line is None:
+            raise
+        code = _told(line)
     sys.exit(code)
+
+
+class _BadInput(BaseException):
+    """Carries a `UserError` past Hydra, which would add lines of its own to an `Exception`."""
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+
+def _told(error: object) -> int:
+    print(f"bfpo-exp: {error}", file=sys.stderr)
+    return 2
 
 
 def _single(composed: DictConfig) -> None:
@@ -43,17 +55,20 @@ def _single(composed: DictConfig) -> None:
     from bfpo_exp.config.check import checked
     from bfpo_exp.paths import writable_home
 
-    config = checked(composed)
-    root = writable_home()
+    try:
+        config = checked(composed)
+        root = writable_home()
 
-    from bfpo_exp.preflight import preflight
-    from bfpo_exp.run import run
-    from bfpo_exp.runtime import before_compute
-    from bfpo_exp.tracking.store import prepare
+        from bfpo_exp.preflight import preflight
+        from bfpo_exp.run import run
+        from bfpo_exp.runtime import before_compute
+        from bfpo_exp.tracking.store import prepare
 
-    before_compute(config.threads)
-    uri = prepare(config.tracking, root)
-    preflight(config)
+        before_compute(config.threads)
+        uri = prepare(config.tracking, root)
+        preflight(config)
+    except UserError as error:
+        raise _BadInput(error) from None
     outcome = run(config, uri)
     print(f"{config.label}, seed {config.seed}: {outcome}")
     print(f"  {outcome.run_dir}")
@@ -67,19 +82,22 @@ def _conclude() -> int:
     return ending.conclude() if ending else 0
 
 
-def _explained(error: Exception) -> object:
+def _explained(error: Exception) -> object | None:
+    """What an error says to the user; None for one that is a defect and deserves its traceback."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+
     if isinstance(error, UserError):
         return error
-    from hydra.errors import MissingConfigException
+    if isinstance(error, HydraException | OmegaConfBaseException | MissingConfigException):
+        from bfpo_exp.config.explain import explain
 
-    if isinstance(error, OSError) and not isinstance(error, MissingConfigException):
-        where = str(error.filename or "")
-        if where.startswith(str(home())):
-            return (
-                f"cannot write to the runs root {home()} ({error.strerror}); set {HOME_VARIABLE} to a "
-                "folder that can be written"
-            )
-        return f"{error.strerror or error}: {where}" if where else error
-    from bfpo_exp.config.explain import explain
-
-    return explain(error)  # type: ignore[arg-type]
+        return explain(error)
+    if isinstance(error, OSError) and str(error.filename).startswith(str(home())):
+        return (
+            f"cannot write to the runs root {home()} ({error.strerror}); set {HOME_VARIABLE} to a folder "
+            "that can be written"
+        )
+    if isinstance(error, ValueError) and "can be specified" in str(error):  # of Hydra's own flags
+        return error
+    return None

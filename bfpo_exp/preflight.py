@@ -7,7 +7,7 @@ from bfpo_exp.data.requirements import missing_labels
 from bfpo_exp.errors import UserError
 from bfpo_exp.eval.kinds import check_tasks
 from bfpo_exp.losses import get_loss
-from bfpo_exp.models.policy import check_model
+from bfpo_exp.models.policy import architecture, check_model, check_trainable
 from bfpo_exp.models.tokenizers import load_tokenizer
 from bfpo_exp.stages.context import demo_mix, stream_mix
 
@@ -21,12 +21,32 @@ def preflight(config: Config) -> None:
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
         )
+    check_trainable(
+        config.model, config.train.trainable, config.train.sft.trainable, config.train.base.trainable
+    )
     if "evaluate" in config.stages:
         check_tasks(config)
     if "sft" in config.stages:
         demo_mix(config.data)
     if "preference" in config.stages:
         _check_preference(config)
+    _check_lengths(config)
+
+
+def _check_lengths(config: Config) -> None:
+    """Sequences longer than the positions that a model knows give nonsense, or an index error."""
+    positions = getattr(architecture(config.model), "max_position_embeddings", None)
+    longest = {"data.format.max_length": config.data.format.max_length}
+    if "evaluate" in config.stages:
+        answer = config.eval.sampling.max_new_tokens
+        longest["data.format.max_prompt_length + eval.sampling.max_new_tokens"] = (
+            config.data.format.max_prompt_length + answer
+        )
+    for name, tokens in longest.items():
+        if positions is not None and tokens > positions:
+            raise UserError(
+                f"{name} = {tokens} tokens, but the model {config.model.name} has {positions} positions"
+            )
 
 
 def _check_preference(config: Config) -> None:

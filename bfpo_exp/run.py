@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from filelock import FileLock
@@ -18,14 +20,18 @@ from filelock import FileLock
 from bfpo_exp.compare.curves import training_curves
 from bfpo_exp.config.schema import Config
 from bfpo_exp.data.card import card_metrics, dataset_card
+from bfpo_exp.data.demos import demos_fingerprint
+from bfpo_exp.data.mix import pairs_fingerprint
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version, stable_hash
+from bfpo_exp.losses import get_loss
+from bfpo_exp.models.policy import weights_fingerprint
 from bfpo_exp.paths import home
 from bfpo_exp.runtime import before_compute
-from bfpo_exp.stages.base import base_model, sft_model
-from bfpo_exp.stages.context import Context, demo_mix, training_mix
+from bfpo_exp.stages.base import COUNTS, base_model, sft_model
+from bfpo_exp.stages.context import Context, Weights, demo_mix, device, training_mix
 from bfpo_exp.stages.evaluate import evaluate
-from bfpo_exp.stages.preference import policy, tokenised_stream
+from bfpo_exp.stages.preference import policy, reference_pass, tokenised_stream
 from bfpo_exp.store import Store
 from bfpo_exp.tracking.environment import environment_tags
 from bfpo_exp.tracking.metrics_file import MetricsFile
@@ -34,6 +40,7 @@ from bfpo_exp.tracking.tables import write_table
 
 log = logging.getLogger(__name__)
 
+SYNC_SECONDS = 5.0  # between two sendings of a run's metrics while it trains
 COMPUTES = ("config", "data", "eval", "logprobs", "losses", "models", "stages", "train", "world", "run")
 
 
@@ -56,35 +63,41 @@ class Outcome:
 
 
 def run_key(config: Config) -> str:
-    """The hash of everything that determines a run's numbers; where it is recorded does not."""
-    return stable_hash([config.model_dump(exclude={"tracking"}), code_version(*COMPUTES)])
+    """The hash of everything that determines a run's numbers; where it is recorded does not.
+
+    Files count by their content, so a run on rows that have changed since is another run.
+    """
+    inputs = {
+        "pairs": pairs_fingerprint(config.data) if "preference" in config.stages else None,
+        "demonstrations": demos_fingerprint(config.data) if "sft" in config.stages else None,
+        "weights": weights_fingerprint(config.model) if config.model.path else None,
+        "device": device().type,
+    }
+    return stable_hash([config.model_dump(exclude={"tracking"}), inputs, code_version(*COMPUTES)])
 
 
 def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:
     """Do a run, or reuse it if it is done.  What goes wrong is recorded and returned, not raised."""
     started = time.perf_counter()
     before_compute(config.threads)
-    run_dir = home() / "run" / run_key(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    name = f"{config.label}-s{config.seed}-{run_dir.name[:6]}"
+    run_dir, recorder = _opened(config, uri, parent_id)
     with FileLock(run_dir / ".lock"):
         metrics = MetricsFile(run_dir / "metrics.jsonl")
         if _status(run_dir) == "finished":
-            publish_copy(uri, config.tracking.experiment, run_dir, name, parent_id)
+            publish_copy(uri, config.tracking.experiment, run_dir, recorder.name, parent_id)
             return Outcome("reused", metrics.last(), run_dir, time.perf_counter() - started)
-        _write(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        _write(run_dir / "tags.json", json.dumps(_tags(config), indent=1))
-        recorder = Recorder(uri, config.tracking.experiment, run_dir, name, parent_id)
-        recorder.open()
+        _write(run_dir / "config.yaml", yaml.safe_dump(_shown(config), sort_keys=False))
         try:
-            _execute(Context(config, Store(home() / "store"), metrics), run_dir, recorder)
+            _write(run_dir / "tags.json", json.dumps(_tags(config), indent=1))
+            recorder.open()
+            live = at_most_every(SYNC_SECONDS, recorder.sync)
+            _execute(Context(config, Store(home() / "store"), metrics, live), run_dir)
+        except KeyboardInterrupt:
+            _record_failure(run_dir, recorder, "interrupted")
+            raise
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            reason = " ".join(reason.split())
-            (run_dir / "artifacts").mkdir(exist_ok=True)
-            (run_dir / "artifacts" / "traceback.txt").write_text(traceback.format_exc())
-            _write(run_dir / "status.json", json.dumps({"status": "failed", "reason": reason}))
-            recorder.finish("FAILED", failed(reason))
+            reason = _record_failure(run_dir, recorder, reason)
             return Outcome("failed", metrics.last(), run_dir, time.perf_counter() - started, reason)
         finally:
             metrics.close()
@@ -93,7 +106,39 @@ def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:
     return Outcome("finished", metrics.last(), run_dir, time.perf_counter() - started)
 
 
-def _execute(context: Context, run_dir: Path, recorder: Recorder) -> None:
+def give_up(config: Config, uri: str, parent_id: str | None, reason: str) -> Outcome:
+    """Record as failed a run whose process died and could not say so itself."""
+    run_dir, recorder = _opened(config, uri, parent_id)
+    _write(run_dir / "config.yaml", yaml.safe_dump(_shown(config), sort_keys=False))
+    _record_failure(run_dir, recorder, reason)
+    return Outcome("failed", {}, run_dir, 0.0, reason)
+
+
+def _opened(config: Config, uri: str, parent_id: str | None) -> tuple[Path, Recorder]:
+    run_dir = home() / "run" / run_key(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    name = f"{config.label}-s{config.seed}-{run_dir.name[:6]}"
+    return run_dir, Recorder(uri, config.tracking.experiment, run_dir, name, parent_id)
+
+
+def _record_failure(run_dir: Path, recorder: Recorder, reason: str) -> str:
+    """Traceback into a file, the reason in one line (which is returned) into status and tags."""
+    reason = " ".join(reason.split())
+    (run_dir / "artifacts").mkdir(exist_ok=True)
+    (run_dir / "artifacts" / "traceback.txt").write_text(traceback.format_exc())
+    _write(run_dir / "status.json", json.dumps({"status": "failed", "reason": reason}))
+    recorder.finish("FAILED", failed(reason))
+    return reason
+
+
+def _shown(config: Config) -> dict[str, Any]:
+    """The config as it is recorded: without the credentials that a server's address may hold."""
+    shown = config.model_dump(mode="json")
+    shown["tracking"]["uri"] = re.sub(r"//[^/@]*@", "//***@", config.tracking.uri)
+    return shown
+
+
+def _execute(context: Context, run_dir: Path) -> None:
     """The way from data to scores."""
     config = context.config
     artifacts = run_dir / "artifacts"
@@ -104,11 +149,11 @@ def _execute(context: Context, run_dir: Path, recorder: Recorder) -> None:
     weights = base_model(context)
     if "sft" in config.stages:
         weights = sft_model(context, weights)
+    if {"reference", "preference"} & set(config.stages):
+        _describe_data(context, weights, artifacts)
+        reference_pass(context, weights)
     if "preference" in config.stages:
-        _describe_data(context, artifacts)
-        recorder.sync()
         weights = policy(context, weights)
-    recorder.sync()
     if "evaluate" in config.stages:
         scores, responses = evaluate(context, weights)
         context.metrics.append(0, scores)
@@ -118,15 +163,18 @@ def _execute(context: Context, run_dir: Path, recorder: Recorder) -> None:
     training_curves(context.metrics, artifacts / "training.png", f"{config.label}, seed {config.seed}")
 
 
-def _describe_data(context: Context, artifacts: Path) -> None:
+def _describe_data(context: Context, start: Weights, artifacts: Path) -> None:
     """The data set's card, and its counts as metrics."""
     data = context.config.data
     pairs = training_mix(data)
-    demos = demo_mix(data) if "sft" in context.config.stages else None
     tokens = {
-        f"pairs, {stream}": json.loads((tokenised_stream(context, stream) / "counts.json").read_text())
+        f"pairs_{stream}": json.loads((tokenised_stream(context, stream) / COUNTS).read_text())
         for stream in data.streams
     }
+    demos = None
+    if "sft" in context.config.stages:
+        demos = demo_mix(data)
+        tokens["demonstrations"] = json.loads((Path(start.path) / COUNTS).read_text())
     (artifacts / "dataset_card.md").write_text(dataset_card(data, pairs, demos, tokens))
     context.metrics.append(0, card_metrics(pairs, demos, tokens))
 
@@ -135,8 +183,22 @@ def _tags(config: Config) -> dict[str, str]:
     tags = {"config_hash": run_key(config), **environment_tags()}
     if "preference" in config.stages:
         tags["pair_order"] = config.loss.order
+        tags["loss_needs"] = ", ".join(get_loss(config.loss.name).needs)
         tags["data_fingerprint"] = training_mix(config.data).fingerprint
     return tags
+
+
+def at_most_every(seconds: float, action: Callable[[], None]) -> Callable[[], None]:
+    """The action, which is left out where it was done less than so many seconds ago."""
+    last = -math.inf
+
+    def limited() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            action()
+            last = time.monotonic()
+
+    return limited
 
 
 def _status(run_dir: Path) -> str | None:

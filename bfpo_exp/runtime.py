@@ -13,15 +13,21 @@ def before_imports() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-@functools.cache
 def before_compute(threads: int) -> None:
     """Settings of the libraries: threads, no denormal numbers on CPU, no progress bars but our own."""
+    import torch
+
+    _once()
+    # The order of sums, and so the last bits of every number, depends on the number of threads.
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def _once() -> None:
     import datasets
     import torch
     import transformers
 
-    # The order of sums, and so the last bits of every number, depends on the number of threads.
-    torch.set_num_threads(threads)
     # A saturated loss has denormal gradients, with which a CPU multiplies 5 to 20 times slower.
     torch.set_flush_denormal(True)
     datasets.disable_progress_bars()

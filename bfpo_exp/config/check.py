@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from bfpo_exp.config.schema import Config
+from bfpo_exp.config.schema import Config, Loss
 from bfpo_exp.errors import UserError, unknown
 from bfpo_exp.losses import get_loss
 
@@ -49,7 +49,7 @@ def _explained(model: type[BaseModel], error: ValidationError, prefix: str) -> U
         return unknown(
             f"key in {(prefix + '.'.join(path[:-1])).rstrip('.') or 'the config'}",
             path[-1],
-            _fields_at(model, path[:-1]),
+            _fields_at(model, path[:-1]) + ([*Loss.model_fields] if prefix == "loss." else []),
         )
     if first["type"] == "missing":
         return UserError(f"{key} has no value; set {key}=...")

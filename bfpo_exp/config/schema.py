@@ -1,14 +1,16 @@
 """The type and the range of every value that a user may set.
 
 ``conf/*.yaml`` holds the defaults and a line of explanation for each key; this module holds what
-is allowed.  There are no defaults here, so the two cannot drift apart.
+is allowed.  There are no defaults here, so the two cannot drift apart; only a source of data, which
+users add by names of their own, has its defaults in this file.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -37,7 +39,7 @@ Size = Annotated[int | float | None, BeforeValidator(_size)]
 
 
 class Strict(BaseModel):
-    """A config node: no unknown keys, no silent conversions of text to numbers, read-only."""
+    """A config node: no unknown keys, read-only."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,23 +48,35 @@ class Strict(BaseModel):
 
 
 class Source(Strict):
-    """One data set: where its rows are, how they read, how many are taken."""
+    """One data set: where its rows are, how they read, how many are taken.
+
+    Attributes:
+        reader: what a row means: ``pku_saferlhf``, ``columns``, ``world``, ... (docs/data.md).
+        hub, revision, split: a data set on the hub, at a commit; or
+        files: local files, JSON lines or Parquet, compressed or not, globs allowed.
+        size: rows, or a fraction in (0, 1], drawn at random; null: all.
+        columns: of ``reader=columns``: which column holds which field.
+        options: of the reader.
+    """
 
     reader: str
-    hub: str | None
-    revision: str | None
-    split: str
-    files: list[str] | None
-    size: Size
-    columns: dict[str, str]
-    options: dict[str, Any]
+    hub: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    files: list[str] | None = None
+    size: Size = None
+    columns: dict[str, str] = {}
+    options: dict[str, Any] = {}
 
 
 class PairSource(Source):
-    """A source of preference pairs, and the stream that it feeds."""
+    """A source of preference pairs, and the stream that it feeds.
+
+    ``assume_safe`` labels every response without a label safe, as the paper does for UltraFeedback.
+    """
 
     stream: StreamName
-    assume_safe: bool
+    assume_safe: bool = False
 
 
 class SftSource(Source):
@@ -164,13 +178,13 @@ class Model(Strict):
     """A policy: pretrained weights at ``path``, or random weights of ``architecture``."""
 
     name: str
-    path: str | None
+    path: Annotated[str, AfterValidator(os.path.expanduser)] | None
     revision: str | None
     trust_remote_code: bool
     architecture: dict[str, Any] | None
     tokenizer: Tokenizer
     pretraining: Pretraining | None
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32"]
     attention: Literal["sdpa", "eager"]
     seed: Seed
 

@@ -29,13 +29,20 @@ def generate(
     Draws from the softmax at the given temperature, without top-k or nucleus; temperature 0 takes
     the most likely token.  A function of the weights, the prompts, the sampling and the seed.
     """
+    from transformers import GenerationConfig
+
     tokenizer = chat.tokenizer
     ids = [chat.prompt_ids(prompt) for prompt in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    drawing = (
-        {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
-        if sampling.temperature > 0
-        else {"do_sample": False}
+    # A config of our own, so that no default of the model (a penalty, a nucleus) has a say.
+    how = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=chat.end_of_turn_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or None,
+        top_k=0,
+        top_p=1.0,
     )
     torch.manual_seed(seed)
     texts = [""] * len(ids)
@@ -46,10 +53,7 @@ def generate(
         output = model.generate(  # type: ignore[operator]
             input_ids=batch["input_ids"].to(model.device),
             attention_mask=batch["attention_mask"].to(model.device),
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=chat.end_of_turn_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **drawing,
+            generation_config=how,
         )
         for i, response in zip(rows, output[:, length:].tolist(), strict=True):
             end = response.index(chat.end_of_turn_id) if chat.end_of_turn_id in response else None

@@ -51,6 +51,12 @@ class LossSpec:
         """Whether the loss reads the reference's log-probs."""
         return "ref_w" in self.tensors
 
+    @property
+    def needs(self) -> list[str]:
+        """What the loss must be given beside the policy's log-probs, in words."""
+        wants = {"reference": self.needs_reference, "safety labels": self.needs_safety}
+        return [name for name, wanted in wants.items() if wanted]
+
     @cached_property
     def hyperparameters(self) -> type[BaseModel]:
         """The schema of the remaining arguments, for checking a config."""

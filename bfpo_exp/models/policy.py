@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -13,14 +13,14 @@ from bfpo_exp.config.schema import Model
 from bfpo_exp.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def is_local(path: str) -> bool:
     """Whether a model's path means a folder rather than a hub id (``owner/name``)."""
-    return path.startswith(("/", "./", "../", "~")) or path.count("/") != 1 or Path(path).exists()
+    return path.startswith(("/", ".")) or path.count("/") > 1 or Path(path).exists()
 
 
 def check_model(config: Model) -> None:
@@ -43,7 +43,7 @@ def check_model(config: Model) -> None:
                 f"hub ({str(error).splitlines()[0]})"
             ) from None
         return
-    folder = Path(config.path).expanduser()
+    folder = Path(config.path)
     if not folder.is_dir():
         raise UserError(f"model.path={config.path!r} is no model: there is no such folder")
     for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (*.safetensors)")):
@@ -55,16 +55,16 @@ def check_model(config: Model) -> None:
 
 
 def weights_fingerprint(config: Model) -> str:
-    """What identifies pretrained weights: hub id and revision, or the files of a folder.
+    """What identifies pretrained weights: hub id and commit, or the files of a folder.
 
     Small files are taken by content, weight files by name, size and time of change, so that a
     folder of many gigabytes costs nothing to name.
     """
     assert config.path is not None
     if not is_local(config.path):
-        return f"{config.path}@{config.revision}"
+        return f"{config.path}@{getattr(architecture(config), '_commit_hash', None) or config.revision}"
     digest = hashlib.sha256()
-    for file in sorted(Path(config.path).expanduser().iterdir()):
+    for file in sorted(Path(config.path).iterdir()):
         if file.suffix == ".safetensors":
             status = file.stat()
             digest.update(f"{file.name}:{status.st_size}:{status.st_mtime_ns}".encode())
@@ -73,28 +73,56 @@ def weights_fingerprint(config: Model) -> str:
     return digest.hexdigest()[:16]
 
 
+def architecture(config: Model, **fields: Any) -> PreTrainedConfig:
+    """The transformers config of the model: of ``path``, or of ``architecture`` with more fields.
+
+    Raises `UserError` for fields that transformers does not take.
+    """
+    from transformers import AutoConfig
+
+    if config.path is not None:
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    try:
+        return AutoConfig.for_model(**{**(config.architecture or {}), **fields})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model.architecture={config.architecture}: {str(error).splitlines()[0]}") from None
+
+
+def check_trainable(config: Model, *several: Literal["all"] | Sequence[str]) -> None:
+    """A `UserError` for a choice of trained weights that the model does not have; loads no weights."""
+    with torch.device("meta"):
+        model = _from_config(architecture(config), config)
+    for trainable in several:
+        select_trainable(model, trainable)
+
+
 def random_policy(config: Model, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
     """A model of ``config.architecture`` with random weights from ``config.seed``."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    shape = architecture(
+        config,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(config.seed)
+    return _from_config(shape, config).eval().to(device)
 
-    fields = dict(config.architecture or {})
-    kind = fields.pop("model_type", None)
+
+def _from_config(shape: PreTrainedConfig, config: Model) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
     try:
-        architecture = AutoConfig.for_model(
-            kind,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **fields,
-        )
-        torch.manual_seed(config.seed)
-        model = AutoModelForCausalLM.from_config(
-            architecture, dtype=DTYPES[config.dtype], attn_implementation=config.attention
+        return AutoModelForCausalLM.from_config(
+            shape,
+            dtype=DTYPES[config.dtype],
+            attn_implementation=config.attention,
+            trust_remote_code=config.trust_remote_code,
         )
     except (ValueError, TypeError) as error:
-        raise UserError(f"model.architecture={config.architecture}: {str(error).splitlines()[0]}") from None
-    return model.to(device).eval()
+        raise UserError(f"model {config.name}: {str(error).splitlines()[0]}") from None
 
 
 def load_policy(path: str | Path, config: Model, *, own: bool, device: torch.device) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METRICS = "metrics.jsonl"
+COUNTS = "counts.json"  # of what tokenisation kept, dropped and cut
 
 
 def tokenizer(context: Context) -> Weights:
@@ -127,7 +129,8 @@ def sft_model(context: Context, base: Weights) -> Weights:
 
     def make(folder: Path) -> None:
         chat = chat_format(context)
-        tokens, _ = tokenise_demos(demos.records, chat)
+        tokens, counts = tokenise_demos(demos.records, chat)
+        (folder / COUNTS).write_text(json.dumps(counts))
         model = load_policy(base.path, config.model, own=base.own, device=context.device)
         _train_on_demonstrations(
             context,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,24 @@ class Weights:
     own: bool  # written by this project?
 
 
+def device() -> torch.device:
+    """The device on which models run: the first GPU that is visible, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass(frozen=True)
 class Context:
-    """A run's config, the store, and where its metrics go first."""
+    """A run's config, the store, where its metrics go first, and what sends them on from there."""
 
     config: Config
     store: Store
     metrics: MetricsFile
+    sync: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:
         """The device on which models run."""
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device()
 
     def numerics(self, threads: int | None = None) -> dict[str, Any]:
         """What the last bits of a model's numbers depend on, beyond weights and data.
@@ -63,6 +69,7 @@ class Context:
         named = {name if "/" in name else f"{prefix}/{name}": value for name, value in values.items()}
         file.append(step, named)
         self.metrics.append(step, named)
+        self.sync()
 
     def copy_metrics(self, file: Path) -> None:
         """Give the run the metrics of a stage that was made before; what it has already is kept."""

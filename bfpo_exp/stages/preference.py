@@ -21,7 +21,7 @@ from bfpo_exp.hashing import code_version
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
 from bfpo_exp.models.policy import load_policy, select_trainable
 from bfpo_exp.progress import progress
-from bfpo_exp.stages.base import METRICS, chat_format, save, tokenizer
+from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, save, tokenizer
 from bfpo_exp.stages.context import Context, Weights
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.train.engine import PlainEngine
@@ -46,7 +46,7 @@ def tokenised_stream(context: Context, stream: StreamName) -> Path:
     def make(folder: Path) -> None:
         tokens, counts = tokenise_pairs(mix.records, chat_format(context))
         tokens.save_to_disk(str(folder / "tokens"))
-        (folder / "counts.json").write_text(json.dumps(counts))
+        (folder / COUNTS).write_text(json.dumps(counts))
 
     return context.store.get("pairs", made_of, make)
 
@@ -76,6 +76,16 @@ def _tokens(folder: Path) -> Dataset:
     return tokens
 
 
+def reference_pass(context: Context, reference: Weights) -> PairLogps:
+    """The reference's log-probs of the pairs of all streams in use, one stream after another."""
+    return PairLogps.concatenate(
+        [
+            reference_of_stream(context, reference, tokenised_stream(context, stream), stream)
+            for stream in context.config.data.streams
+        ]
+    )
+
+
 def policy(context: Context, reference: Weights) -> Weights:
     """The reference, trained on the preference pairs with the run's loss."""
     config = context.config
@@ -95,9 +105,7 @@ def policy(context: Context, reference: Weights) -> Weights:
 
     def make(folder: Path) -> None:
         pairs = TokenisedPairs.of([_tokens(path) for _, path in streams])
-        logps = PairLogps.concatenate(
-            [reference_of_stream(context, reference, path, stream) for stream, path in streams]
-        )
+        logps = reference_pass(context, reference)
         _train(context, reference, PreferenceObjective(pairs, logps, config, context.device), folder)
 
     path = context.store.get("policy", made_of, make)

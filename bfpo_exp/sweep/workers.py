@@ -13,7 +13,7 @@ from typing import Any
 from bfpo_exp import progress
 from bfpo_exp.config.schema import Config
 from bfpo_exp.paths import home
-from bfpo_exp.run import Outcome, run, run_key
+from bfpo_exp.run import Outcome, give_up, run
 
 MAX_DEATHS = 3  # worker deaths after which the runs that are left count as failed
 
@@ -36,7 +36,7 @@ def do_all(
     """
     if workers == 1:
         for i, config in enumerate(configs):
-            yield i, run(config, uri, parent_id)
+            yield i, _guarded(config, uri, parent_id)
         return
     left = set(range(len(configs)))
     for _ in range(MAX_DEATHS):
@@ -48,8 +48,8 @@ def do_all(
         except BrokenProcessPool:
             continue
     for i in left:
-        run_dir = home() / "run" / run_key(configs[i])
-        yield i, Outcome("failed", {}, run_dir, 0.0, f"worker processes died {MAX_DEATHS} times")
+        reason = f"the worker processes died {MAX_DEATHS} times (killed, or out of memory?)"
+        yield i, give_up(configs[i], uri, parent_id, reason)
 
 
 def _in_pool(
@@ -59,9 +59,17 @@ def _in_pool(
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start, initargs=(_numbers(context, workers), _gpus())
     ) as pool:
-        futures = {pool.submit(run, config, uri, parent_id): i for i, config in configs.items()}
+        futures = {pool.submit(_guarded, config, uri, parent_id): i for i, config in configs.items()}
         for future in as_completed(futures):
             yield futures[future], future.result()
+
+
+def _guarded(config: Config, uri: str, parent_id: str | None) -> Outcome:
+    """`run`, whose own errors (its inputs have gone, the disk is full) fail this job alone."""
+    try:
+        return run(config, uri, parent_id)
+    except Exception as error:
+        return Outcome("failed", {}, home() / "run", 0.0, f"{type(error).__name__}: {error}")
 
 
 def _numbers(context: SpawnContext, workers: int) -> Any:

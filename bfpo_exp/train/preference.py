@@ -125,11 +125,11 @@ class PreferenceObjective:
                 "margin": mean(h),
                 "accuracy": mean((h * wanted > 0).float(), wanted != 0),
                 "kl": mean(-ratios),
-                "reward_safe": mean(rewards, safe > 0.5),
-                "reward_unsafe": mean(rewards, safe <= 0.5),
+                "reward_safe": mean(rewards, safe >= 0.5),
+                "reward_unsafe": mean(rewards, safe < 0.5),
             },
             totals=cells,
         )
 
 
-SAFETY = {"safe": lambda s: s > 0.5, "unsafe": lambda s: s <= 0.5}
+SAFETY = {"safe": lambda s: s >= 0.5, "unsafe": lambda s: s < 0.5}

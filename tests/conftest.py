@@ -1,0 +1,112 @@
+"""What the tests share: configs composed as the command composes them, tiny models, made pairs."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from transformers import PreTrainedModel
+
+    from bfpo_exp.config.schema import Config
+    from bfpo_exp.data.pairs import TokenisedPairs
+
+VOCABULARY, END_OF_TURN = 64, 2
+
+
+@pytest.fixture(scope="session")
+def compose() -> Callable[..., DictConfig]:
+    """The config that the command would get from these words of a command line."""
+    from hydra import compose, initialize_config_dir
+
+    from bfpo_exp.paths import config_dir
+
+    def composed(*overrides: str, hydra_too: bool = False) -> DictConfig:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            return compose("config", list(overrides), return_hydra_config=hydra_too)
+
+    return composed
+
+
+@pytest.fixture(scope="session")
+def config(compose: Callable[..., DictConfig]) -> Callable[..., Config]:
+    """The same, checked; composed once for all tests, as it cannot be changed."""
+    from bfpo_exp.config.check import checked
+
+    return functools.cache(lambda *overrides: checked(compose(*overrides)))
+
+
+@pytest.fixture(scope="session")
+def preference_config(config: Callable[..., Config]) -> Callable[..., Config]:
+    """A loss's default run on batches of 16, all weights trained; changes read ``loss__beta=0.5``."""
+    from bfpo_exp.config.schema import Config
+
+    def changed(loss: str, **changes: Any) -> Config:
+        values = config(f"loss={loss}").model_dump()
+        values["train"] |= {"trainable": "all", "batch": 16, "microbatch": 16, "lr": 1e-3, "log_every": 1}
+        for key, value in changes.items():
+            *path, last = key.split("__")
+            functools.reduce(operator.getitem, path, values)[last] = value
+        return Config.model_validate(values)
+
+    return changed
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Random models of two blocks, whose next-token distributions are far from uniform."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def made(
+        kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
+    ) -> PreTrainedModel:
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": END_OF_TURN,
+            "pad_token_id": 0,
+        }
+        torch.manual_seed(seed)
+        architecture = AutoConfig.for_model(kind, **{**sizes, **fields})
+        return AutoModelForCausalLM.from_config(architecture, dtype=dtype).eval()
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def random_pairs() -> Callable[..., TokenisedPairs]:
+    """Pairs of random tokens with every label known; responses are of very different lengths."""
+    from bfpo_exp.data.pairs import TokenisedPairs
+
+    def made(n: int, seed: int = 0, longest: int = 24) -> TokenisedPairs:
+        rng = np.random.default_rng(seed)
+
+        def words(shortest: int, longest: int) -> list[int]:
+            return rng.integers(3, VOCABULARY, rng.integers(shortest, longest)).tolist()
+
+        return TokenisedPairs(
+            prompt_ids=[[1, *words(1, 12)] for _ in range(n)],
+            w_ids=[[*words(0, longest), END_OF_TURN] for _ in range(n)],
+            l_ids=[[*words(0, longest), END_OF_TURN] for _ in range(n)],
+            safe_w=rng.integers(0, 2, n).astype(np.float32),
+            safe_l=rng.integers(0, 2, n).astype(np.float32),
+            safer=rng.choice([-1, 1], n).astype(np.int8),
+            ordered=np.ones(n, bool),
+            stream=(np.arange(n) % 2).astype(np.int8),
+        )
+
+    return made

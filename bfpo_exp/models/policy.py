@@ -15,7 +15,7 @@ from bfpo_exp.errors import UserError, unknown
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32}
 
 
 def is_local(path: str) -> bool:

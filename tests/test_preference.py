@@ -190,3 +190,13 @@ def test_missing_labels_are_in_no_cell_and_in_no_reward(
     assert sum(count for name, count in values.items() if name.startswith("cell_")) == 0
     assert values["reward_safe"] == pytest.approx(0.2 * 2)
     assert "reward_unsafe" not in values
+
+
+def test_a_probability_counts_as_safe_from_one_half(
+    monkeypatch: pytest.MonkeyPatch, preference_config: PreferenceConfig
+) -> None:
+    run = preference_config("dpo", loss__beta=0.5, data__batches="shuffle")
+    _, values = statistics(monkeypatch, run, [0.5, 0.49, NAN], [0.1, 0.9, NAN])
+    assert (values["cell_safe_unsafe"], values["cell_unsafe_safe"]) == (1, 1)
+    assert values["reward_safe"] == pytest.approx(0.5 * (2 + 4) / 2)
+    assert values["reward_unsafe"] == pytest.approx(0.5 * (1 - 2) / 2)

@@ -205,6 +205,7 @@ def test_only_down_proj_changes(tiny_model: Callable[..., PreTrainedModel]) -> N
 def test_suffixes_are_whole_names_of_modules(tiny_model: Callable[..., PreTrainedModel]) -> None:
     model = tiny_model(tie_word_embeddings=False)
     assert len(select_trainable(model, ["q_proj", "layers.1.mlp.down_proj"])) == 3
+    assert len(select_trainable(model, ["norm"])) == 1  # the last one, not every "...layernorm"
     assert len(select_trainable(model, ["layers.0"])) == 9  # 4 of attention, 3 of the MLP, 2 norms
     assert len(select_trainable(model, "all")) == len(list(model.parameters()))
     with pytest.raises(UserError, match=r"'mlp\.down_prj'.*nearest: 'mlp\.down_proj'"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -25,12 +26,13 @@ def checked(composed: DictConfig) -> Config:
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         raise UserError(str(error).split("full_key")[0]) from None
     config = _validated(Config, plain, prefix="")
-    _check_loss(config)
-    return config
+    return config.model_copy(update={"loss": _checked_loss(config.loss)})
 
 
-def _check_loss(config: Config) -> None:
-    _validated(get_loss(config.loss.name).hyperparameters, config.loss.hyperparameters, prefix="loss.")
+def _checked_loss(loss: Loss) -> Loss:
+    """The loss with its hyper-parameters checked against its function's signature."""
+    values = _validated(get_loss(loss.name).hyperparameters, loss.hyperparameters, prefix="loss.")
+    return loss.model_copy(update=values.model_dump())
 
 
 def _validated(model: type[M], values: Any, prefix: str) -> M:
@@ -65,8 +67,12 @@ def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
     """The names of the fields of the node that a path leads to."""
     node: Any = model
     for part in path:
-        if isinstance(node, type) and issubclass(node, BaseModel):
-            node = node.model_fields[part].annotation
-        else:  # a mapping of named nodes, such as data.pairs.<name>
-            node = node.__args__[1]
-    return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
+        # A mapping of named nodes, such as data.pairs.<name>, has no fields but a type of values.
+        node = node.model_fields[part].annotation if _is_node(node) else get_args(node)[1]
+        if get_origin(node) in (Union, UnionType):  # a node or null
+            node = next((form for form in get_args(node) if _is_node(form)), node)
+    return list(node.model_fields) if _is_node(node) else []
+
+
+def _is_node(form: Any) -> bool:
+    return isinstance(form, type) and issubclass(form, BaseModel)

@@ -35,6 +35,14 @@ def _size(value: Any) -> Any:
     return value
 
 
+def _trainable(value: Any) -> Any:
+    """All weights, or those of the modules whose names end in one of the suffixes."""
+    if value == "all" or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
+        return value
+    raise ValueError("allowed: 'all', or a list of suffixes of module names such as [mlp.down_proj]")
+
+
+Trainable = Annotated[Literal["all"] | list[str], BeforeValidator(_trainable)]
 Size = Annotated[int | float | None, BeforeValidator(_size)]
 
 
@@ -204,7 +212,7 @@ class Model(Strict):
 class Optimisation(Strict):
     """How one stage trains: which weights, how long, at what rate."""
 
-    trainable: Literal["all"] | list[str]
+    trainable: Trainable
     steps: Annotated[int, Field(ge=0)] | None
     epochs: Positive | None
     batch: Count
@@ -221,8 +229,6 @@ class Optimisation(Strict):
     def _length(self) -> Optimisation:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give either steps or epochs, got steps={self.steps}, epochs={self.epochs}")
-        if self.trainable == []:
-            raise ValueError("trainable=[] trains nothing; name module suffixes, or 'all'")
         return self
 
 

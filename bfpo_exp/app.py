@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from bfpo_exp.errors import UserError
@@ -98,6 +99,12 @@ def _explained(error: Exception) -> object | None:
             f"cannot write to the runs root {home()} ({error.strerror}); set {HOME_VARIABLE} to a folder "
             "that can be written"
         )
-    if isinstance(error, ValueError) and "can be specified" in str(error):  # of Hydra's own flags
-        return error
+    if isinstance(error, ValueError) and _raised_in_hydra(error):  # its own flags, or a group set to null
+        return " ".join(str(error).split())
     return None
+
+
+def _raised_in_hydra(error: Exception) -> bool:
+    """Whether an error comes from Hydra's own reading of the command line and the configs."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.sep}hydra{os.sep}_internal{os.sep}" in frames[-1].filename

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from test_data_support import data_of, pair_source, pku_row, runs_root, sft_source, write_rows  # noqa: F401
+from data_support import data_of, pair_source, pku_row, runs_root, sft_source, write_rows  # noqa: F401
 
 from bfpo_exp.data.card import card_metrics, dataset_card
 from bfpo_exp.data.demos import load_demos

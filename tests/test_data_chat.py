@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_data_support import bpe_tokenizer, chat_format
+from data_support import bpe_tokenizer, chat_format
 
 from bfpo_exp.data.chat import ChatFormat
 from bfpo_exp.data.records import Message

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_support import (
+from data_support import (
     HH,
     PKU,
     ULTRAFEEDBACK,

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import load_from_disk
-from test_data_support import (
+from data_support import (
     PKU,
     ULTRAFEEDBACK,
     data_of,
@@ -19,6 +18,7 @@ from test_data_support import (
     sft_source,
     write_rows,
 )
+from datasets import load_from_disk
 
 from bfpo_exp.config.schema import PairSource
 from bfpo_exp.data.arrow import PAIR_FEATURES

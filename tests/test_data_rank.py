@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_data_support import (
+from data_support import (
     NO_RANKER,
     PKU,
     bpe_tokenizer,

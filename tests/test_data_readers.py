@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_data_support import (
+from data_support import (
     REAL,
     data_of,
     needs_real_data,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_data_support import pair_source, pku_row, runs_root, write_rows  # noqa: F401
+from data_support import pair_source, pku_row, runs_root, write_rows  # noqa: F401
 
 from bfpo_exp.data.sources import open_rows, source_fingerprint
 from bfpo_exp.errors import UserError

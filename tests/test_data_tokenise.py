@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
-from test_data_support import (
+from data_support import (
     ULTRAFEEDBACK,
     bpe_tokenizer,
     chat_format,
@@ -17,6 +16,7 @@ from test_data_support import (
     pair_source,
     runs_root,  # noqa: F401
 )
+from datasets import Dataset
 
 from bfpo_exp.data.arrow import DEMO_FEATURES, PAIR_FEATURES
 from bfpo_exp.data.chat import ChatFormat

@@ -135,11 +135,10 @@ def _seeds(params: Sequence[Mapping[str, str]]) -> str:
                 values.setdefault(name, set()).add(value)
     varying = sorted(name for name, found in values.items() if len(found) > 1)
     shared = sorted(set(values) - set(varying))
-    return " ".join(
-        f"{how}: {', '.join(names)}."
-        for how, names in (("Seeds that vary", varying), ("shared by all runs", shared))
-        if names and varying
-    )
+    if not varying:
+        return ""
+    rest = f"; shared by all runs: {', '.join(shared)}" if shared else ""
+    return f"Seeds that vary: {', '.join(varying)}{rest}."
 
 
 def _unfinished(runs: Sequence[RunRow]) -> list[str]:

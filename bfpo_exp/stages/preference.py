@@ -126,6 +126,7 @@ def _train(context: Context, reference: Weights, objective: PreferenceObjective,
         at_reference = values.pop("loss_at_reference")
         if taken == 1:
             _assert_step_zero(values["loss"], at_reference)
+            values.pop("accuracy", None)  # h is zero up to rounding: its sign says nothing yet
         if not math.isfinite(values["loss"]):
             raise UserError(
                 f"the loss is {values['loss']} at step {taken} of {steps}: lower train.lr "

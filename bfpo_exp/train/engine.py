@@ -30,7 +30,7 @@ class Engine(Protocol):
 
 def lr_factor(step: int, steps: int, optimisation: Optimisation) -> float:
     """The share of the peak rate at a step, counted from 0: linear warm-up, then the schedule."""
-    warmup = math.ceil(optimisation.warmup * steps)
+    warmup = round(optimisation.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

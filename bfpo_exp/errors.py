@@ -17,6 +17,9 @@ class UserError(Exception):
         super().__init__(" ".join(message.split()))
 
 
+MOST_NAMES = 20  # beyond which a list of names is no help
+
+
 def unknown(what: str, given: object, allowed: Iterable[object]) -> UserError:
     """An error for a name outside a closed list, with the nearest valid name.
 
@@ -24,6 +27,11 @@ def unknown(what: str, given: object, allowed: Iterable[object]) -> UserError:
     unknown loss 'bfpx'; allowed: bfpo, dpo, ipo; nearest: 'bfpo'
     """
     names = sorted(str(name) for name in allowed)
-    near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(given), names, n=5, cutoff=0.5)
     hint = f"; nearest: {near[0]!r}" if near else ""
-    return UserError(f"unknown {what} {given!r}; allowed: {', '.join(names) or 'none'}{hint}")
+    if len(names) > MOST_NAMES:
+        few = near or names[:5]
+        listed = f"{', '.join(few)}, ... ({len(names)} in all)"
+    else:
+        listed = ", ".join(names) or "none"
+    return UserError(f"unknown {what} {given!r}; allowed: {listed}{hint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from bfpo_exp import ui
 from bfpo_exp.compare import cli
@@ -17,7 +19,7 @@ from bfpo_exp.compare.collect import RunRow
 from bfpo_exp.compare.curves import training_curves
 from bfpo_exp.compare.pareto import pareto_front, plot_pareto
 from bfpo_exp.compare.published import published
-from bfpo_exp.compare.render import grid, grid_to_csv, to_csv, to_latex, to_markdown, to_text
+from bfpo_exp.compare.render import grid, grid_to_csv, to_csv, to_latex, to_markdown, to_rich, to_text
 from bfpo_exp.compare.report import sweep_report
 from bfpo_exp.compare.settings import MISSING, grouped, identifying
 from bfpo_exp.compare.table import DEFAULT_METRICS, Cell, compare
@@ -186,7 +188,10 @@ def test_csv_has_plain_numbers(rows: list[RunRow]) -> None:
 def test_the_terminal_table_fits_eighty_columns() -> None:
     scores = dict.fromkeys(DEFAULT_METRICS, 71.234)
     runs = [row({"method": m, "seed": s}, scores) for m in ("dpo_balanced", "bfpo") for s in (0, 1)]
-    text = to_text(grid(compare([*runs, row({"method": "bfpo", "seed": 2}, scores)], "t")), width=80)
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    with console.capture() as captured:
+        console.print(to_rich(grid(compare([*runs, row({"method": "bfpo", "seed": 2}, scores)], "t"))))
+    text = captured.get()
     lines = text.splitlines()
     assert max(map(len, lines)) <= 80
     assert "…" not in text
@@ -217,7 +222,7 @@ PUBLISHED = {
         "DPO": "14.71 58.35 39.71 49.03",
         "IPO": "13.15 58.41 89.76 74.09",
         "MORL": "10.83 58.54 64.88 61.71",
-        "BFPO (ours)": "13.33 59.09 95.24 77.16",
+        "BFPO": "13.33 59.09 95.24 77.16",
     },
     "table3": {
         "Zephyr-7b-beta": "10.99 59.05 62.94 60.99",

@@ -80,7 +80,8 @@ def _comparison(arguments: argparse.Namespace) -> Comparison:
     if not runs:
         raise UserError(f"the sweep {sweep.name!r} has no runs yet")
     metrics = _metrics(arguments.metrics, runs) if arguments.metrics else DEFAULT_METRICS
-    return compare(runs, f"Sweep {sweep.name}", metrics, arguments.sort)
+    sort = _metrics(arguments.sort, runs)[0] if arguments.sort else None
+    return compare(runs, f"Sweep {sweep.name}", metrics, sort)
 
 
 def _metrics(given: str, runs: Sequence[RunRow]) -> list[str]:

@@ -79,8 +79,11 @@ def shown(cell: Cell | None) -> str:
     return f"{cell.mean:.1f}" + ("" if cell.sd is None else f" ± {cell.sd:.1f}")
 
 
-def to_rich(grid: Grid) -> RenderableType:
-    """A table for the terminal, set tightly to fit 80 columns, the best cells bold."""
+def to_rich(grid: Grid, starred: bool = False) -> RenderableType:
+    """A table for the terminal, set tightly to fit 80 columns, the best cells bold.
+
+    ``starred`` marks them with a star as well, for where there are no colours.
+    """
     from rich import box
     from rich.console import Group
     from rich.table import Table
@@ -94,19 +97,18 @@ def to_rich(grid: Grid) -> RenderableType:
             table.add_column(Text(name.replace("-", "-\n").replace(" ", "\n")), justify="right")
     for r, row in enumerate(grid.rows):
         cells = [value.replace(" ± ", "±") for value in row]
-        table.add_row(*(_cell(grid, r, c, value) for c, value in enumerate(cells)))
-    return Group(
-        Text(grid.title, "bold"), table, "", *(Text(line, "dim") for line in _starred(grid) + _below(grid))
-    )
+        table.add_row(*(_cell(grid, r, c, value, starred) for c, value in enumerate(cells)))
+    below = (["* best of its column."] if starred and grid.best else []) + _below(grid)
+    return Group(Text(grid.title, "bold"), table, "", *(Text(line, "dim") for line in below), "")
 
 
-def _cell(grid: Grid, row: int, column: int, value: str) -> Text:
-    """A cell's text: the best of a column bold, and starred for those who see no colours."""
+def _cell(grid: Grid, row: int, column: int, value: str, starred: bool) -> Text:
     from rich.text import Text
 
-    if (row, column) in grid.best:
-        return Text(f"{value}*", "bold green")
-    return Text(value if column < grid.text_columns or not grid.best else f"{value} ")
+    best = (row, column) in grid.best
+    # Numbers without a star keep its place free, so that they stay below each other.
+    star = ("*" if best else " ") if starred and grid.best and column >= grid.text_columns else ""
+    return Text(value + star, "bold green" if best else "")
 
 
 def show(grid: Grid) -> None:
@@ -121,12 +123,12 @@ def show(grid: Grid) -> None:
 
 
 def to_text(grid: Grid, width: int = 120) -> str:
-    """What `to_rich` shows, without colours."""
+    """What `to_rich` shows, with stars for colours."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width, color_system=None)
     with console.capture() as captured:
-        console.print(to_rich(grid))
+        console.print(to_rich(grid, starred=True))
     return captured.get()
 
 
@@ -187,10 +189,6 @@ def _csv(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _below(grid: Grid) -> list[str]:
     return [line for line in (grid.caption, *map(_sentence, grid.notes)) if line]
-
-
-def _starred(grid: Grid) -> list[str]:
-    return ["* best of its column."] if grid.best else []
 
 
 def _sentence(text: str) -> str:

@@ -269,7 +269,8 @@ def test_the_front_keeps_ties_and_drops_what_is_beaten() -> None:
 
 def test_the_plot_is_the_same_bytes_each_time(rows: list[RunRow], tmp_path: Path) -> None:
     comparison = compare(rows, "t")
-    svg = [plot_pareto(comparison, [tmp_path / f"{i}.svg"])[0].read_text() for i in range(2)]
+    files = [tmp_path / "0.svg", tmp_path / "1.svg"]
+    svg = [plot_pareto(comparison, [file], y="eval/savg")[0].read_text() for file in files]
     assert svg[0] == svg[1]
     assert plot_pareto(compare(rows, "t", ("eval/gen",)), [tmp_path / "none.svg"]) == []
     assert not (tmp_path / "none.svg").exists()
@@ -321,7 +322,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
             recorder.finish("FAILED", failed("out of memory"))
             continue
         base = 70.0 if method == "dpo" else 60.0
-        scores = {"eval/helpfulness": base + 2 * seed, "eval/savg": 150.0 - base, "eval/gen": math.inf}
+        scores = {"eval/helpfulness": base + 2 * seed, "eval/gen": 150.0 - base, "eval/savg": math.inf}
         MetricsFile(folder / "metrics.jsonl").append(0, scores)
         recorder.finish("FINISHED")
     return root, uri, parent
@@ -369,7 +370,7 @@ def test_the_command(
     assert "Sweep my_sweep" in out
     assert out.index("71.0±1.4") < out.index("Published (BFPO, arXiv 2408.15313, Table 2; Mistral-7B)")
 
-    code, out, _ = call(parent, "--format", "csv", "--metrics", "gen")
+    code, out, _ = call(parent, "--format", "csv", "--metrics", "savg")
     assert out.splitlines()[1].startswith("dpo,inf,")  # what MLflow stores as 1.8e308
 
     code, _, err = call("my_sweep", "--output", str(tmp_path / "out"))

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from bfpo_exp.compare.figures import GREY, LIGHT, MARKERS, PALETTE, figure, save
 from bfpo_exp.compare.labels import Label, place_labels
 from bfpo_exp.compare.settings import MISSING, number
-from bfpo_exp.compare.table import HELPFULNESS, LOWER_IS_BETTER, SAVG, Cell, Comparison
+from bfpo_exp.compare.table import GEN, HELPFULNESS, LOWER_IS_BETTER, Cell, Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TITLES = {
     HELPFULNESS: "helpfulness",
-    SAVG: "harmlessness, mean of disc. and gen.",
-    "eval/gen": "harmlessness of generations",
+    "eval/savg": "harmlessness, mean of disc. and gen.",
+    GEN: "harmlessness: safe responses",
     "eval/disc": "discriminative harmlessness",
 }
 
@@ -51,7 +51,7 @@ class Point:
 
 
 def plot_pareto(
-    comparison: Comparison, files: Sequence[Path], y: str = SAVG, x: str = HELPFULNESS
+    comparison: Comparison, files: Sequence[Path], y: str = GEN, x: str = HELPFULNESS
 ) -> list[Path]:
     """Draw every setting that has both metrics into each of ``files`` (.png, .svg).
 

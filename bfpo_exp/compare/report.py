@@ -8,7 +8,7 @@ from pathlib import Path
 from bfpo_exp.compare.collect import runs_of
 from bfpo_exp.compare.pareto import plot_pareto
 from bfpo_exp.compare.render import Grid, grid, to_csv, to_latex, to_markdown
-from bfpo_exp.compare.table import HELPFULNESS, SAVG, Comparison, compare
+from bfpo_exp.compare.table import GEN, HELPFULNESS, Comparison, compare
 from bfpo_exp.errors import UserError
 from bfpo_exp.tracking.client import connect, reading
 
@@ -50,4 +50,4 @@ def write_report(comparison: Comparison, out_dir: Path) -> tuple[list[Path], lis
 
 def no_plot() -> str:
     """Why there is no plot."""
-    return f"No Pareto plot: no setting has both {HELPFULNESS} and {SAVG}."
+    return f"No Pareto plot: no setting has both {HELPFULNESS} and {GEN}."

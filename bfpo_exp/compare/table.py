@@ -14,8 +14,8 @@ from bfpo_exp.errors import unknown
 from bfpo_exp.tracking.runs import FAILURE
 
 HELPFULNESS = "eval/helpfulness"
-SAVG = "eval/savg"
-DEFAULT_METRICS = (HELPFULNESS, "eval/disc", "eval/gen", SAVG, "eval/over_refusal", "eval/malformed")
+GEN = "eval/gen"
+DEFAULT_METRICS = (HELPFULNESS, "eval/disc", GEN, "eval/savg", "eval/over_refusal", "eval/malformed")
 LOWER_IS_BETTER = frozenset({"eval/over_refusal", "eval/malformed"})
 REASONS_SHOWN = 3
 

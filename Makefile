@@ -2,7 +2,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-fast lint format bench clean
 .DELETE_ON_ERROR:
@@ -29,7 +29,7 @@ bench: $(VENV)/.installed  ## how long each stage takes on this machine
 	$(BIN)/python benchmarks/stages.py
 
 # torch first and alone: pip then takes the build that suits the machine (CPU or CUDA).
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(or $(shell command -v $(PYTHON)),python3) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) --editable .

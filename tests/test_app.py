@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 
+from bfpo_exp import runtime
 from bfpo_exp.app import main
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
@@ -45,7 +47,9 @@ Command = Callable[..., Done]
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Command]:
     """``bfpo-exp`` in this process, with a runs root of the test's own."""
     monkeypatch.setenv("BFPO_EXP_HOME", str(tmp_path / "runs"))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -59,7 +63,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
             main()
         return Done(int(ended.value.code or 0), *capsys.readouterr())
 
-    return run
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # other tests draw such numbers
+    runtime._once.cache_clear()
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -38,8 +37,6 @@ from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.tracking.recorder import Recorder, failed, publish_copy
 from bfpo_exp.tracking.tables import write_table
 
-log = logging.getLogger(__name__)
-
 SYNC_SECONDS = 5.0  # between two sendings of a run's metrics while it trains
 COMPUTES = ("config", "data", "eval", "logprobs", "losses", "models", "stages", "train", "world", "run")
 
@@ -68,12 +65,17 @@ def run_key(config: Config) -> str:
     Files count by their content, so a run on rows that have changed since is another run.
     """
     inputs = {
-        "pairs": pairs_fingerprint(config.data) if "preference" in config.stages else None,
+        "pairs": pairs_fingerprint(config.data) if _reads_pairs(config) else None,
         "demonstrations": demos_fingerprint(config.data) if "sft" in config.stages else None,
         "weights": weights_fingerprint(config.model) if config.model.path else None,
         "device": device().type,
     }
     return stable_hash([config.model_dump(exclude={"tracking"}), inputs, code_version(*COMPUTES)])
+
+
+def _reads_pairs(config: Config) -> bool:
+    asks_held_out = "evaluate" in config.stages and config.data.heldout > 0
+    return asks_held_out or bool({"reference", "preference"} & set(config.stages))
 
 
 def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:

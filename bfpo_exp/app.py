@@ -73,6 +73,8 @@ def _single(composed: DictConfig) -> None:
     outcome = run(config, uri)
     print(f"{config.label}, seed {config.seed}: {outcome}")
     print(f"  {outcome.run_dir}")
+    if outcome.report:
+        print(outcome.report)
     if outcome.status == "failed":
         sys.exit(1)
 

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from bfpo_exp.config.schema import Config
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from bfpo_exp.config.schema import Config, Loss
+from bfpo_exp.data.mix import PairMix
 from bfpo_exp.data.requirements import missing_labels
 from bfpo_exp.errors import UserError
 from bfpo_exp.eval.kinds import check_tasks
-from bfpo_exp.losses import get_loss
+from bfpo_exp.losses import LabelOrderWarning, get_loss
+from bfpo_exp.losses.label import CELLS
 from bfpo_exp.models.policy import architecture, check_model, check_trainable
 from bfpo_exp.models.tokenizers import load_tokenizer
+from bfpo_exp.stages.bandit import bandit_settings, bandit_warnings
 from bfpo_exp.stages.context import demo_mix, stream_mix
+
+log = logging.getLogger(__name__)
 
 
 def preflight(config: Config) -> None:
     """Read the data and look at the model's folder; a `UserError` for the first thing amiss."""
+    if "bandit" in config.stages:
+        for warning in bandit_warnings(bandit_settings(config)):
+            _warn(warning)
+    if config.pipeline:
+        _check_pipeline(config)
+
+
+def _check_pipeline(config: Config) -> None:
     check_model(config.model)
     if config.model.path is not None:
         load_tokenizer(
@@ -55,6 +78,64 @@ def _check_preference(config: Config) -> None:
             f"train.batch={config.train.batch} is odd, but data.batches=balanced takes half of it from "
             "each stream; give an even number"
         )
-    needs = {"safety"} if get_loss(config.loss.name).needs_safety else set()
-    for stream in config.data.streams:
-        missing_labels(needs, config.loss.order, stream_mix(config.data, stream), loss=config.loss.name)
+    loss: Loss | None = config.loss
+    while loss is not None:
+        spec = get_loss(loss.name)
+        needs = {"safety"} if spec.needs_safety else set()
+        mixes = [stream_mix(config.data, stream) for stream in loss.streams or config.data.streams]
+        for mix in mixes:
+            missing_labels(needs, loss.order, mix, loss=loss.name)
+        for warning in [*spec.tried(loss.hyperparameters), *_label_warnings(loss, mixes)]:
+            _warn(f"loss {loss.name}: {warning}")
+        loss = loss.first
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Say it once, however many jobs of a sweep it holds for."""
+    log.warning("warning: %s", text)
+
+
+def _label_warnings(loss: Loss, mixes: Sequence[PairMix]) -> list[str]:
+    """What of the data's safety labels makes a loss that reads them less than it is, in words.
+
+    Labels that never say unsafe (or never safe) make every pair alike.  Labels that are
+    probabilities may give pairs of a higher cell a smaller label than pairs of a lower one.
+    """
+    spec = get_loss(loss.name)
+    if not spec.needs_safety:
+        return []
+    labels = {
+        name: torch.from_numpy(np.concatenate([_column(mix, name) for mix in mixes]))
+        for name in ("safe_w", "safe_l")
+    }
+    safe = {name: values >= 0.5 for name, values in labels.items()}
+    both = torch.cat(list(safe.values()))
+    if both.all() or not both.any():
+        one = "safe" if both.all() else "unsafe"
+        return [f"every response of its pairs is labelled {one}, so safety has no part in what it prefers"]
+    if spec.label is None:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LabelOrderWarning)  # `tried` tells of it
+        values = spec.label(**labels, **_taken(spec.label, loss.hyperparameters))
+    ranges = {
+        cell: (round(inside.min().item(), 4), round(inside.max().item(), 4))
+        for cell, (w, l) in CELLS.items()  # noqa: E741
+        if len(inside := values[(safe["safe_w"] == bool(w)) & (safe["safe_l"] == bool(l))])
+    }
+    cells = list(ranges)
+    mixed = [f"({a}) and ({b})" for a, b in pairwise(cells) if ranges[a][0] < ranges[b][1]]
+    if not mixed:
+        return []
+    told = ", ".join(f"({cell}) {low:g} to {high:g}" for cell, (low, high) in ranges.items())
+    overlap = f"the labels of the cells {', '.join(mixed)} overlap: {told}"
+    return [f"the safety labels are probabilities, with which {overlap}"]
+
+
+def _column(mix: PairMix, name: str) -> np.ndarray:
+    return mix.records.select_columns([name]).to_pandas()[name].to_numpy(np.float32)
+
+
+def _taken(function: Callable[..., object], values: Mapping[str, object]) -> dict[str, object]:
+    return {name: values[name] for name in inspect.signature(function).parameters if name in values}

@@ -27,6 +27,7 @@ from bfpo_exp.losses import get_loss
 from bfpo_exp.models.policy import weights_fingerprint
 from bfpo_exp.paths import home
 from bfpo_exp.runtime import before_compute
+from bfpo_exp.stages.bandit import bandit
 from bfpo_exp.stages.base import COUNTS, base_model, sft_model
 from bfpo_exp.stages.context import Context, Weights, demo_mix, device, training_mix
 from bfpo_exp.stages.evaluate import evaluate
@@ -38,7 +39,11 @@ from bfpo_exp.tracking.recorder import Recorder, failed, publish_copy
 from bfpo_exp.tracking.tables import write_table
 
 SYNC_SECONDS = 5.0  # between two sendings of a run's metrics while it trains
-COMPUTES = ("config", "data", "eval", "logprobs", "losses", "models", "stages", "train", "world", "run")
+COMPUTES = (
+    "bandit", "config", "data", "eval", "logprobs", "losses", "models", "stages", "theory", "train", "world",
+    "run",
+)  # fmt: skip
+REPORT = "report.txt"  # what a run has to say beyond its scores
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,12 @@ class Outcome:
     run_dir: Path
     seconds: float
     reason: str = ""  # of a failure, in one line
+
+    @property
+    def report(self) -> str:
+        """What the run has to say beyond its scores; empty if nothing."""
+        file = self.run_dir / "artifacts" / REPORT
+        return file.read_text() if self.status != "failed" and file.exists() else ""
 
     def __str__(self) -> str:
         if self.status == "failed":
@@ -141,19 +152,30 @@ def _shown(config: Config) -> dict[str, Any]:
 
 
 def _execute(context: Context, run_dir: Path) -> None:
-    """The way from data to scores."""
+    """Every stage that was asked for, and the curves of what was trained."""
     config = context.config
     artifacts = run_dir / "artifacts"
     artifacts.mkdir(exist_ok=True)
     (artifacts / "traceback.txt").unlink(missing_ok=True)  # of an earlier try
     _write(artifacts / "config.yaml", (run_dir / "config.yaml").read_text())
 
+    if "bandit" in config.stages:
+        (artifacts / REPORT).write_text(bandit(context, run_dir))
+    if config.pipeline:
+        _pipeline(context, artifacts)
+    context.metrics.close()
+    training_curves(context.metrics, artifacts / "training.png", f"{config.label}, seed {config.seed}")
+
+
+def _pipeline(context: Context, artifacts: Path) -> None:
+    """From a base model to the scores of a policy."""
+    config = context.config
     weights = base_model(context)
     if "sft" in config.stages:
         weights = sft_model(context, weights)
     if {"reference", "preference"} & set(config.stages):
         _describe_data(context, weights, artifacts)
-        reference_pass(context, weights)
+        reference_pass(_first_trained(context), weights)
     if "preference" in config.stages:
         weights = policy(context, weights)
     if "evaluate" in config.stages:
@@ -161,8 +183,13 @@ def _execute(context: Context, run_dir: Path) -> None:
         context.metrics.append(0, scores)
         if responses:
             write_table(artifacts / "generations.json", responses)
-    context.metrics.close()
-    training_curves(context.metrics, artifacts / "training.png", f"{config.label}, seed {config.seed}")
+
+
+def _first_trained(context: Context) -> Context:
+    """The run at the first of its preference stages, whose reference is the model that it starts from."""
+    while context.config.loss.first is not None:
+        context = context.of_first_loss()
+    return context
 
 
 def _describe_data(context: Context, start: Weights, artifacts: Path) -> None:

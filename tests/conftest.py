@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from app_support import Command, Done
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -110,3 +113,33 @@ def random_pairs() -> Callable[..., TokenisedPairs]:
         )
 
     return made
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Command]:
+    """``bfpo-exp`` in this process, with a runs root of the test's own."""
+    import torch
+    from hydra.core.global_hydra import GlobalHydra
+
+    from bfpo_exp import runtime
+    from bfpo_exp.app import main
+
+    monkeypatch.setenv("BFPO_EXP_HOME", str(tmp_path / "runs"))
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["bfpo-exp", *arguments])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        GlobalHydra.instance().clear()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # other tests draw such numbers
+    runtime._once.cache_clear()

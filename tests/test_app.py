@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from hydra.core.global_hydra import GlobalHydra
-
-from bfpo_exp import runtime
-from bfpo_exp.app import main
+from app_support import Command
 
 DATA = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 COUNTED = (
@@ -27,47 +21,6 @@ COUNTED = (
     "kept",
 )
 SMOKE = "experiment=smoke"
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def line(self) -> str:
-        """The one line that a bad input ends in."""
-        assert self.code == 2, self.err
-        assert self.err.count("\n") == 1, self.err
-        return self.err
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Command]:
-    """``bfpo-exp`` in this process, with a runs root of the test's own."""
-    monkeypatch.setenv("BFPO_EXP_HOME", str(tmp_path / "runs"))
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-
-    def run(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["bfpo-exp", *arguments])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
-        GlobalHydra.instance().clear()
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Done(int(ended.value.code or 0), *capsys.readouterr())
-
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)  # other tests draw such numbers
-    runtime._once.cache_clear()
 
 
 @pytest.mark.slow
@@ -162,13 +115,13 @@ def test_a_failing_run_takes_no_other_down(
     done = command("-m", SMOKE, "train.lr=1e-3,1e38", "train.clip=null", "hydra.launcher.n_jobs=1")
     assert done.code == 1
     assert "2 runs, of which 0 reused and 1 failed" in done.out
-    assert re.search(r"the loss is (nan|inf) at step \d+ of 6: lower train.lr", done.out)
+    assert re.search(r"log-probs are not finite at step \d+ for training pairs .*: lower train.lr", done.out)
     (failed,) = (tmp_path / "runs" / "run").glob("*/artifacts/traceback.txt")
     assert "UserError" in failed.read_text()
 
 
 BAD = {
-    "unknown loss": (["loss=bfpx"], "unknown loss 'bfpx'; allowed: bfpo, dpo, ipo; nearest: 'bfpo'"),
+    "unknown loss": (["loss=bfpx"], "unknown loss 'bfpx'; allowed: bfpo, bso, cdpo, .*; nearest: 'bfpo'"),
     "misspelt key": (["loss.betta=1"], "unknown key in loss 'betta'; .* nearest: 'beta'"),
     "misspelt group": (["losss=dpo"], "unknown key 'losss'; .* nearest: 'loss'"),
     "one value of a sweep": (["-m", "loss.beta=0.1,-1,0.2"], r"beta=-1 .* greater than 0 .*job loss"),
@@ -194,6 +147,11 @@ BAD = {
     "no room": (["data.format.max_prompt_length=96"], "max_prompt_length=96 leaves no room"),
     "Hydra's flags": (["-m", "--cfg", "job"], "Only one of"),
     "grammar": (["loss.beta=[1"], r"no viable alternative at input '\[1'"),
+    "order": (["loss.order=safety"], r"loss\.order=safety is not allowed: loss bfpo .* by helpfulness"),
+    "bandit without settings": (["stages=[bandit]"], "bandit has no settings; use experiment=bandit"),
+    "bandit's labels": (["experiment=bandit", "bandit.safe=[1,0,2,0]"], "safe holds 2; allowed: 0 .* or 1"),
+    "bandit's methods": (["experiment=bandit", "bandit.methods=[bfpp]"], "unknown bandit method 'bfpp'"),
+    "bandit's ranking": (["experiment=bandit", "bandit.helpfulness=[1,2,3]"], "each of the actions 1 to 4"),
     "positions": (["data.format.max_length=200"], "max_length = 200 tokens, but .* has 128 positions"),
 }  # fmt: skip
 
@@ -303,3 +261,33 @@ def test_real_rows_from_file_to_mlflow(
         assert 0 <= metrics["eval/task/safer"] <= 100
     stopped = command("-m", "experiment=real_sample", "data.ranker.kind=none", *quick, *sizes)
     assert "supply it with data.ranker.kind=column|model|longer" in stopped.line
+
+
+def test_the_bandit_is_a_run_like_any_other(command: Command, tmp_path: Path) -> None:
+    grid = ("bandit.taus=[0.5,1]", "bandit.steps=900", "bandit.repeats=2")
+    done = command("-m", "experiment=bandit", *grid)
+    assert done.code == 0
+    lines = [line.split() for line in done.out.splitlines() if "recovered" in line]
+    assert [line[:5] for line in lines[:2]] == [["bfpo", "tau", t, "alpha", "0.5"] for t in ("0.5", "1")]
+    assert [line[0] for line in lines] == ["bfpo", "bfpo", "dpo", "dpo", "ipo", "ipo"]
+    assert all(line[-4:] == ["recovered", "2", "of", "2"] for line in lines[:2])
+    assert all(line[5:8] == ["y1>y2>y3>y4", "wanted", "y1>y3>y4>y2"] for line in lines[2:])
+    assert "its runs were not scored" in done.out
+
+    (folder,) = (tmp_path / "runs" / "run").iterdir()
+    rows = list(csv.DictReader((folder / "bandit.csv").open()))
+    assert len(rows) == 3 * 2 * 2
+    assert ",".join(rows[0]) == "method,tau,alpha,b1,repeat,ranking,recovered,p1,p2,p3,p4"
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "bfpo-exp"]
+    (run,) = client.search_runs([experiment.experiment_id], "tags.`bfpo.kind` = 'run'")
+    assert run.data.metrics["bandit/bfpo/tau_0.5/recovered"] == 100
+    p1 = [float(row["p1"]) for row in rows if (row["method"], row["tau"]) == ("ipo", "1")]
+    assert run.data.metrics["bandit/ipo/tau_1/p1"] == pytest.approx(sum(p1) / 2)
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"bandit.csv", "bandit.png"}
+
+    again = command("-m", "experiment=bandit", *grid)
+    assert "1 run, of which 1 reused" in again.out
+    assert [line.split() for line in again.out.splitlines() if "recovered" in line] == lines

@@ -135,7 +135,7 @@ def explained(file: str) -> dict[str, bool]:
     found = dict(leaves(root, text.splitlines()))
     group = file.rpartition("/")[0]
     for parent in yaml.safe_load(text).get("defaults", []) if group else []:
-        if parent != "_self_":
+        if isinstance(parent, str) and parent != "_self_":  # not another choice, placed under a key
             inherited = explained(f"{group}/{parent.split('@')[0]}.yaml")
             found |= {name: True for name in found if inherited.get(name)}
     return found

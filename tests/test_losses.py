@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import DictConfig
-from pydantic import ValidationError
+from loss_support import (
+    HYPERPARAMETERS,
+    SAFETY_LABELS,
+    at_reference,
+    b1s,
+    batches,
+    betas,
+    every_loss,
+    labelled,
+    laws,
+    logps_of,
+    losses_of,
+    tensor,
+)
 from torch import Tensor
 
 from bfpo_exp.errors import UserError
-from bfpo_exp.losses import LOSSES, bfpo_label, bfpo_loss, dpo_loss, get_loss, ipo_loss, log_ratio_margin
-from bfpo_exp.losses import registry as loss_registry
-from bfpo_exp.losses.pairwise import Beta
-from bfpo_exp.paths import config_dir
+from bfpo_exp.losses import (
+    LOSSES,
+    LabelOrderWarning,
+    bfpo_label,
+    bfpo_loss,
+    cell_labels,
+    dpo_loss,
+    ipo_loss,
+    log_ratio_margin,
+)
 
 # (safe_w, safe_l) of the four cells, and g there for (b1, alpha): b1 and alpha are chosen so that
 # b3 = 1 / (b1 - 1) is 1/2, 1 or 1/4.
@@ -29,39 +45,6 @@ LABELS = {
     (2.0, 0.5): [1.5, 0.5, -0.5, -1.5],
     (5.0, 0.25): [1.0, 0.75, -0.25, -0.5],
 }
-HYPERPARAMETERS: dict[str, dict[str, float]] = {
-    "dpo": {"beta": 0.3},
-    "ipo": {"beta": 0.3},
-    "bfpo": {"beta": 0.3, "b1": 3.0, "alpha": 0.5},
-}
-every_loss = pytest.mark.parametrize("name", sorted(HYPERPARAMETERS))
-betas, b1s = st.floats(0.01, 10), st.floats(1.1, 10)
-laws = settings(max_examples=40, deadline=None)
-
-
-def tensor(*values: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(values, dtype=dtype)
-
-
-@st.composite
-def batches(
-    draw: st.DrawFn, largest: float = 300.0, dtypes: tuple[torch.dtype, ...] = (torch.float64,)
-) -> dict[str, Tensor]:
-    """Log-probs and 0/1 safety labels of 1 to 20 pairs."""
-    n, dtype = draw(st.integers(1, 20)), draw(st.sampled_from(dtypes))
-    logps = st.lists(st.floats(-largest, largest, width=32), min_size=n, max_size=n)
-    labels = st.lists(st.sampled_from([0.0, 1.0]), min_size=n, max_size=n)
-    batch = {name: draw(logps) for name in ("policy_w", "policy_l", "ref_w", "ref_l")}
-    batch |= {name: draw(labels) for name in ("safe_w", "safe_l")}
-    return {name: torch.tensor(values, dtype=dtype) for name, values in batch.items()}
-
-
-def logps_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("policy_w", "policy_l", "ref_w", "ref_l")}
-
-
-def at_reference(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**batch, "policy_w": batch["ref_w"], "policy_l": batch["ref_l"]}
 
 
 def label_by_hand(safe_w: Tensor, safe_l: Tensor, b1: float, alpha: float) -> Tensor:
@@ -134,7 +117,7 @@ def test_loss_at_policy_equal_to_reference(
     torch.testing.assert_close(ipo_loss(**logps_of(batch), beta=beta), ones * (1 / (2 * beta)) ** 2)
     g = label_by_hand(batch["safe_w"], batch["safe_l"], b1, alpha)
     torch.testing.assert_close(
-        bfpo_loss(**batch, beta=beta, b1=b1, alpha=alpha), (g / beta) ** 2, rtol=1e-7, atol=1e-9
+        bfpo_loss(**labelled(batch), beta=beta, b1=b1, alpha=alpha), (g / beta) ** 2, rtol=1e-7, atol=1e-9
     )
 
 
@@ -179,8 +162,9 @@ def test_permuting_a_batch_permutes_the_losses(
 ) -> None:
     order = torch.tensor(data.draw(st.permutations(range(len(batch["ref_w"])))))
     permuted = {key: values[order] for key, values in batch.items()}
-    losses, of_permuted = (LOSSES[name](b, HYPERPARAMETERS[name]) for b in (batch, permuted))
-    torch.testing.assert_close(of_permuted, losses[order], rtol=1e-12, atol=0)
+    losses, of_permuted = losses_of(name, batch), losses_of(name, permuted)
+    # KTO's mean over the batch is summed in another order
+    torch.testing.assert_close(of_permuted, losses[order], rtol=1e-9, atol=1e-12)
 
 
 @every_loss
@@ -189,13 +173,13 @@ def test_permuting_a_batch_permutes_the_losses(
 def test_every_precision_is_raised_to_float32_and_stays_finite(name: str, batch: dict[str, Tensor]) -> None:
     given_dtype = batch["ref_w"].dtype
     dtype = torch.float64 if given_dtype == torch.float64 else torch.float32
-    leaves = {key: values.clone().requires_grad_() for key, values in batch.items()}
-    losses = LOSSES[name](leaves, HYPERPARAMETERS[name])
+    leaves = {key: values.clone().requires_grad_(key not in SAFETY_LABELS) for key, values in batch.items()}
+    losses = losses_of(name, leaves)
     assert losses.dtype == dtype
     assert losses.shape == batch["ref_w"].shape
     assert torch.isfinite(losses).all()
     raised = {key: values.to(dtype) for key, values in batch.items()}
-    assert torch.equal(losses, LOSSES[name](raised, HYPERPARAMETERS[name]))
+    assert torch.equal(losses, losses_of(name, raised))
     losses.sum().backward()
     assert torch.isfinite(leaves["policy_w"].grad).all()  # type: ignore[arg-type]
 
@@ -207,9 +191,10 @@ def test_extreme_log_probs_give_finite_losses(name: str, dtype: torch.dtype) -> 
     extremes = (1e4 * signs).to(dtype).T
     batch = dict(zip(("policy_w", "policy_l", "ref_w", "ref_l"), extremes, strict=True))
     batch |= {"safe_w": torch.ones_like(extremes[0]), "safe_l": torch.zeros_like(extremes[0])}
-    losses = LOSSES[name](batch, HYPERPARAMETERS[name])
+    batch |= {"margin_w": extremes[1], "margin_l": extremes[2]}
+    losses = losses_of(name, batch)
     assert torch.isfinite(losses).all()
-    assert (losses >= 0).all()
+    assert name == "robust_dpo" or (losses >= 0).all()  # robust DPO rewards what it takes for wrong labels
 
 
 # ---------------------------------------------------------------- gradients
@@ -219,13 +204,21 @@ def test_extreme_log_probs_give_finite_losses(name: str, dtype: torch.dtype) -> 
 def test_gradients_against_finite_differences(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     spec = LOSSES[name]
-    inputs = [3 * torch.randn(6, dtype=torch.float64, generator=generator) for _ in spec.tensors]
-    tensors = [values.requires_grad_() for values in inputs]
+
+    def drawn(argument: str) -> Tensor:
+        values = torch.rand(12, dtype=torch.float64, generator=generator)
+        return values if argument in SAFETY_LABELS else 6 * values - 3
+
+    tensors = [drawn(argument).requires_grad_() for argument in spec.tensors]
+    constants = {argument: tensor(0.7, dtype=torch.float64).squeeze() for argument in spec.step_means}
 
     def loss(*values: Tensor) -> Tensor:
-        return spec(dict(zip(spec.tensors, values, strict=True)), HYPERPARAMETERS[name])
+        given = dict(zip(spec.tensors, values, strict=True))
+        return spec({**given, **constants}, HYPERPARAMETERS[name])
 
     assert torch.autograd.gradcheck(loss, tensors)
+    (gradient,) = torch.autograd.grad(loss(*tensors).sum(), tensors[0])
+    assert gradient.abs().sum() > 0
 
 
 def test_dpo_gradient_by_hand() -> None:
@@ -236,86 +229,68 @@ def test_dpo_gradient_by_hand() -> None:
     assert batch["policy_l"].grad.item() == pytest.approx(0.13447071)  # type: ignore[union-attr]
 
 
-# ---------------------------------------------------------------- registry
-
-
-@pytest.mark.parametrize(
-    ("name", "needs_safety", "hyperparameters"),
-    [("dpo", False, {"beta"}), ("ipo", False, {"beta"}), ("bfpo", True, {"beta", "b1", "alpha"})],
-)
-def test_needs_and_hyperparameters_are_read_off_the_signature(
-    name: str, needs_safety: bool, hyperparameters: set[str]
-) -> None:
-    spec = get_loss(name)
-    assert (spec.needs_safety, spec.needs_reference) == (needs_safety, True)
-    assert set(spec.hyperparameters.model_fields) == hyperparameters
-
-
-def test_a_new_loss_is_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_registry, "LOSSES", dict(LOSSES))
-
-    @loss_registry.register("hinge")
-    def hinge(*, policy_w: Tensor, policy_l: Tensor, beta: Beta) -> Tensor:
-        return (1 - beta * (policy_w - policy_l)).relu()
-
-    spec = get_loss("hinge")
-    assert (spec.needs_safety, spec.needs_reference) == (False, False)
-    assert set(spec.hyperparameters.model_fields) == {"beta"}
-    assert spec(H2, {"beta": 0.1}).tolist() == pytest.approx([0.7])  # 1 - 0.1 * 3
-    with pytest.raises(ValidationError, match="greater than 0"):
-        spec.hyperparameters.model_validate({"beta": 0.0})
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("dpo", {"beta": -1}, "beta\n.*greater than 0"),
-        ("ipo", {"beta": 0}, "beta\n.*greater than 0"),
-        ("dpo", {"beta": math.inf}, "beta\n.*finite"),
-        ("bfpo", {"b1": 1}, "b1\n.*greater than 1"),
-        ("bfpo", {"alpha": math.nan}, "alpha\n.*finite"),
-        ("dpo", {"alpha": 0.5}, "alpha\n.*Extra inputs"),
-        ("bfpo", {"beta": "small"}, "beta\n.*valid number"),
-    ],
-)
-def test_hyperparameters_out_of_range(name: str, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        get_loss(name).hyperparameters.model_validate({**HYPERPARAMETERS[name], **changes})
+# ---------------------------------------------------------------- bad input
 
 
 @every_loss
-def test_every_hyperparameter_must_be_given(name: str) -> None:
-    for missing in HYPERPARAMETERS[name]:
-        given = {key: value for key, value in HYPERPARAMETERS[name].items() if key != missing}
-        with pytest.raises(ValidationError, match=rf"{missing}\n.*required"):
-            get_loss(name).hyperparameters.model_validate(given)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_log_probs_that_are_not_finite_name_their_rows(name: str, wrong: float) -> None:
+    rows = [1, 4]
+    for argument in LOSSES[name].tensors:
+        if argument in SAFETY_LABELS:
+            continue
+        batch = {key: torch.zeros(6) for key in LOSSES[name].tensors}
+        batch[argument][rows] = wrong
+        with pytest.raises(
+            UserError, match=rf"^{argument} is not finite in batch rows 1, 4 \(row 1: {wrong}\)$"
+        ):
+            losses_of(name, batch)
 
 
-def test_unknown_loss() -> None:
-    with pytest.raises(UserError, match=r"unknown loss 'bfpx'; allowed: bfpo, dpo, ipo.*; nearest: 'bfpo'"):
-        get_loss("bfpx")
+def test_of_many_bad_rows_the_first_are_named() -> None:
+    batch = {name: torch.full((50,), math.nan) for name in ("policy_w", "policy_l", "ref_w", "ref_l")}
+    with pytest.raises(UserError, match="rows 0, 1, 2, 3, 4, 5, 6, 7 and 42 more"):
+        log_ratio_margin(**batch)
 
 
-def test_the_wanted_sign_is_the_labels() -> None:
-    safe_w, safe_l = map(torch.tensor, zip(*CELLS, strict=True))
-    batch = {"policy_w": torch.zeros(4), "safe_w": safe_w, "safe_l": safe_l}
-    assert get_loss("dpo").wanted_sign(batch, {"beta": 1.0}).tolist() == [1, 1, 1, 1]
-    values = {"beta": 1.0, "b1": 3.0}
-    assert get_loss("bfpo").wanted_sign(batch, {**values, "alpha": 0.5}).tolist() == [1, 1, -1, -1]
-    assert get_loss("bfpo").wanted_sign(batch, {**values, "alpha": 0.0}).tolist() == [1, 1, 0, -1]
+@pytest.mark.parametrize("wrong", [-1.0, 2.0, 1.01, float("nan")])
+def test_a_safety_label_outside_zero_to_one_names_its_row(wrong: float) -> None:
+    with pytest.raises(UserError, match=r"safe_l is outside \[0, 1\] in batch rows 2 "):
+        bfpo_label(safe_w=torch.zeros(3), safe_l=tensor(0, 1, wrong), b1=3.0, alpha=0.5)
 
 
-FILES = sorted(path.stem for path in (config_dir() / "loss").glob("*.yaml"))
+@pytest.mark.parametrize("b1", [1.0, 0.5, -2.0, float("nan")])
+def test_b1_has_to_be_above_one(b1: float) -> None:
+    with pytest.raises(UserError, match="b1 is greater than 1"):
+        bfpo_label(safe_w=torch.zeros(1), safe_l=torch.zeros(1), b1=b1, alpha=0.5)
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_losss_config_gives_exactly_its_hyperparameters(
-    file: str, compose: Callable[..., DictConfig]
+@pytest.mark.parametrize(
+    ("alpha", "collapsed", "kept"),
+    [
+        (0.0, ["(unsafe, unsafe) = 0 is not below 0"], ["(safe, safe) ="]),
+        (-0.25, ["(unsafe, unsafe) = 0.25 is not below 0"], ["(unsafe, safe) ="]),
+        (-0.5, ["(unsafe, unsafe) = 0.5 is not", "(unsafe, safe) = 0 is not below 0"], ["(safe, safe) ="]),
+        (1.0, ["(safe, safe) = 0 is not above 0"], ["(safe, unsafe) =", "(unsafe, unsafe) ="]),
+        (1.5, ["(safe, safe) = -0.5 is not", "(safe, unsafe) = 0 is not above 0"], ["(unsafe, safe) ="]),
+    ],
+)
+def test_a_broken_order_names_the_cells_that_collapse(
+    alpha: float, collapsed: list[str], kept: list[str]
 ) -> None:
-    given = compose(f"loss={file}").loss
-    spec = get_loss(given.name)
-    assert set(given) - {"name", "order", "logps"} == set(spec.hyperparameters.model_fields)
+    """At b1 = 3 the labels are 1.5 - alpha, 1 - alpha, -alpha and -0.5 - alpha."""
+    with pytest.warns(LabelOrderWarning) as caught:
+        bfpo_label(safe_w=torch.zeros(1), safe_l=torch.zeros(1), b1=3.0, alpha=alpha)
+    text = str(caught[0].message)
+    assert all(cell in text for cell in collapsed)
+    assert not any(cell in text for cell in kept)
+    assert f"(safe, unsafe) {1.5 - alpha:.4g}, (safe, safe) {1 - alpha:.4g}, " in text
+    assert "holds for 0 < alpha < 1" in text
 
 
-def test_every_loss_has_a_config(compose: Callable[..., DictConfig]) -> None:
-    assert {compose(f"loss={file}").loss.name for file in FILES} == set(LOSSES)
+@laws
+@given(b1s, st.floats(-3, 3))
+def test_it_warns_exactly_where_the_order_is_broken(b1: float, alpha: float) -> None:
+    g = list(cell_labels(b1, alpha).values())
+    in_order = g[0] > g[1] > 0 > g[2] > g[3]
+    assert in_order == (LOSSES["bfpo"].tried({"beta": 1.0, "b1": b1, "alpha": alpha}) == [])

@@ -57,7 +57,7 @@ def test_orders_by_hand(order: Any, signs: list[int]) -> None:
 def test_a_view_swaps_responses_with_their_labels_and_log_probs(
     order: str, swapped: list[int], preference_config: PreferenceConfig
 ) -> None:
-    objective = PreferenceObjective(HAND, HAND_LOGPS, preference_config("bfpo", loss__order=order), "cpu")
+    objective = PreferenceObjective(HAND, HAND_LOGPS, preference_config("dpo", loss__order=order), "cpu")
     indices = np.array([3, 0, 1, 2])
     view = objective.view(indices)
     ids = view.rows.input_ids.tolist()
@@ -65,19 +65,19 @@ def test_a_view_swaps_responses_with_their_labels_and_log_probs(
         first, second = ("l", "w") if i in swapped else ("w", "l")
         assert ids[place] == HAND.prompt_ids[i] + getattr(HAND, f"{first}_ids")[i]
         assert ids[place + 4] == HAND.prompt_ids[i] + getattr(HAND, f"{second}_ids")[i]
-        assert view.safe_w[place] == getattr(HAND, f"safe_{first}")[i]
-        assert view.safe_l[place] == getattr(HAND, f"safe_{second}")[i]
-        assert view.ref_w[place] == getattr(HAND_LOGPS, f"{first}_sum")[i]
-        assert view.ref_l[place] == getattr(HAND_LOGPS, f"{second}_sum")[i]
+        assert view.given["safe_w"][place] == getattr(HAND, f"safe_{first}")[i]
+        assert view.given["safe_l"][place] == getattr(HAND, f"safe_{second}")[i]
+        assert view.given["ref_w"][place] == getattr(HAND_LOGPS, f"{first}_sum")[i]
+        assert view.given["ref_l"][place] == getattr(HAND_LOGPS, f"{second}_sum")[i]
 
 
 def test_by_safety_order_the_first_response_is_the_safe_one(preference_config: PreferenceConfig) -> None:
     objective = PreferenceObjective(HAND, HAND_LOGPS, preference_config("dpo", loss__order="safety"), "cpu")
     view = objective.view(np.arange(4))
-    assert view.safe_w.tolist() == [1, 1, 1, 1]
-    assert view.safe_l.tolist() == [0, 0, 0, 0]
+    assert view.given["safe_w"].tolist() == [1, 1, 1, 1]
+    assert view.given["safe_l"].tolist() == [0, 0, 0, 0]
     assert view.rows.input_ids[:4, 2].tolist() == [20, 31, 22, 33]
-    assert view.ref_w.tolist() == [-1, -20, -3, -40]
+    assert view.given["ref_w"].tolist() == [-1, -20, -3, -40]
 
 
 def test_means_divide_each_response_by_its_own_length(preference_config: PreferenceConfig) -> None:
@@ -85,8 +85,8 @@ def test_means_divide_each_response_by_its_own_length(preference_config: Prefere
         HAND, HAND_LOGPS, preference_config("ipo", loss__order="safety", loss__logps="mean"), "cpu"
     )
     view = objective.view(np.array([0, 1]))
-    assert view.ref_w.tolist() == [-0.5, -5.0]  # -1 / 2 and, swapped, -20 / 4
-    assert view.ref_l.tolist() == [-2.5, -1.0]
+    assert view.given["ref_w"].tolist() == [-0.5, -5.0]  # -1 / 2 and, swapped, -20 / 4
+    assert view.given["ref_l"].tolist() == [-2.5, -1.0]
 
 
 # ---------------------------------------------------------------- statistics
@@ -149,7 +149,7 @@ def test_bfpo_statistics_by_hand(
 def test_rewards_are_chosen_by_mask_and_not_by_index(
     monkeypatch: pytest.MonkeyPatch, preference_config: PreferenceConfig
 ) -> None:
-    run = preference_config("bfpo", loss__beta=0.5, data__batches="shuffle")
+    run = preference_config("dpo", loss__beta=0.5, data__batches="shuffle")
     labels = torch.tensor([1, 0, 0])
     rewards_w = 0.5 * torch.tensor([2.0, 1.0, -1.0])
     slip = rewards_w[labels].mean().item()  # what a label used as an index gives

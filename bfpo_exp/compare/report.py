@@ -18,8 +18,8 @@ def sweep_report(
 ) -> tuple[Grid | str, list[Path]]:
     """The table to show at a sweep's end, and the files written into ``out_dir``.
 
-    A store that cannot be read and a sweep without a finished run each give a line that says so
-    and no file; a sweep is not made to fail by its report.
+    A store that cannot be read, a sweep without a finished run and one without scores each give a
+    line that says so and no file; a sweep is not made to fail by its report.
     """
     client = connect(uri)
     try:
@@ -32,6 +32,8 @@ def sweep_report(
     if not any(row.n for row in comparison.rows):
         why = "; ".join(comparison.footnotes) or "it has no runs"
         return f"Sweep {name}: no run has finished, so there is nothing to compare ({why}).", []
+    if not any(cell for row in comparison.rows for cell in row.cells.values()):
+        return f"Sweep {name}: its runs were not scored, so there is no table of scores.", []
     files, plots = write_report(comparison, Path(out_dir))
     shown = grid(comparison)
     return shown if plots else replace(shown, notes=(*shown.notes, no_plot())), files + plots

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from bfpo_exp.config.schema import Config, Loss
+from bfpo_exp.config.schema import Config, Data, Loss
 from bfpo_exp.errors import UserError, unknown
 from bfpo_exp.losses import get_loss
 
@@ -26,13 +26,37 @@ def checked(composed: DictConfig) -> Config:
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         raise UserError(str(error).split("full_key")[0]) from None
     config = _validated(Config, plain, prefix="")
-    return config.model_copy(update={"loss": _checked_loss(config.loss)})
+    return config.model_copy(update={"loss": _checked_loss(config.loss, config.data, prefix="loss.")})
 
 
-def _checked_loss(loss: Loss) -> Loss:
+def _checked_loss(loss: Loss, data: Data, prefix: str) -> Loss:
     """The loss with its hyper-parameters checked against its function's signature."""
-    values = _validated(get_loss(loss.name).hyperparameters, loss.hyperparameters, prefix="loss.")
-    return loss.model_copy(update=values.model_dump())
+    spec = get_loss(loss.name)
+    values = _validated(spec.hyperparameters, loss.hyperparameters, prefix).model_dump()
+    if spec.orders and loss.order not in spec.orders:
+        raise UserError(
+            f"{prefix}order={loss.order} is not allowed: loss {loss.name} is defined on pairs ordered by "
+            f"{' or '.join(spec.orders)}"
+        )
+    if missing := [stream for stream in loss.streams or () if stream not in data.streams]:
+        raise UserError(
+            f"{prefix}streams={loss.streams}, but the data mix has no stream {missing[0]!r} "
+            f"(data.streams={data.streams})"
+        )
+    if loss.streams == []:
+        raise UserError(
+            f"{prefix}streams=[] leaves nothing to train on; allowed: null (all), helpfulness, safety"
+        )
+    if loss.reference_free and spec.step_means:
+        raise UserError(f"{prefix}reference_free=true, but loss {loss.name} has no form without a reference")
+    first = None if loss.first is None else _checked_loss(loss.first, data, prefix + "first.")
+    if spec.needs_margin and (first is None or "beta" not in first.hyperparameters):
+        given = "null" if first is None else first.name
+        raise UserError(
+            f"{prefix}first={given}, but loss {loss.name} needs the rewards beta log(pi / ref) of a policy "
+            "that is trained first; set it to a loss with a beta, such as dpo"
+        )
+    return loss.model_copy(update={**values, "first": first})
 
 
 def _validated(model: type[M], values: Any, prefix: str) -> M:
@@ -51,7 +75,7 @@ def _explained(model: type[BaseModel], error: ValidationError, prefix: str) -> U
         return unknown(
             f"key in {(prefix + '.'.join(path[:-1])).rstrip('.') or 'the config'}",
             path[-1],
-            _fields_at(model, path[:-1]) + ([*Loss.model_fields] if prefix == "loss." else []),
+            _fields_at(model, path[:-1]) + ([*Loss.model_fields] if prefix.startswith("loss.") else []),
         )
     if first["type"] == "missing":
         return UserError(f"{key} has no value; set {key}=...")

@@ -17,7 +17,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Stage = Literal["base", "sft", "reference", "preference", "evaluate"]
+Stage = Literal["base", "sft", "reference", "preference", "evaluate", "bandit"]
 StreamName = Literal["helpfulness", "safety"]
 STREAMS: tuple[StreamName, ...] = ("helpfulness", "safety")
 
@@ -291,10 +291,10 @@ class Tracking(Strict):
 
 
 class Loss(BaseModel):
-    """A loss by name, the order of the pair it trains on, and its own hyper-parameters.
+    """A loss by name, what it trains on, and its own hyper-parameters.
 
     The hyper-parameters are those of the loss's function and are checked against its signature
-    (see ``bfpo_exp.losses.registry``).
+    (see ``bfpo_exp.losses.registry``).  ``first`` is the loss of a stage before this one.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -302,11 +302,29 @@ class Loss(BaseModel):
     name: str
     order: Literal["helpfulness", "safety", "stream"]
     logps: Literal["sum", "mean"]
+    reference_free: bool
+    streams: list[StreamName] | None
+    first: Loss | None
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """The values beyond name, order and log-prob reduction."""
+        """The values beyond those that every loss has."""
         return dict(self.model_extra or {})
+
+
+class Bandit(Strict):
+    """The paper's bandit: a grid of settings on one problem (checked in ``bfpo_exp.bandit.settings``)."""
+
+    methods: list[str]
+    taus: list[float]
+    alphas: list[float]
+    b1s: list[float]
+    safe: list[int]
+    helpfulness: list[int]
+    steps: int
+    batch: int | None
+    repeats: int
+    lr: float
 
 
 class Config(Strict):
@@ -323,8 +341,25 @@ class Config(Strict):
     train: Train
     eval: Eval
     tracking: Tracking
+    bandit: Bandit | None
 
     @property
     def label(self) -> str:
         """The name of the row in a table: the method's, else the loss's."""
         return self.method or self.loss.name
+
+    @property
+    def trained_streams(self) -> list[StreamName]:
+        """The streams that the loss trains on: its own choice, else all of the mix."""
+        return self.loss.streams or self.data.streams
+
+    @property
+    def pipeline(self) -> list[Stage]:
+        """The stages on the way from data to scores, which the bandit is not on."""
+        return [stage for stage in self.stages if stage != "bandit"]
+
+    @model_validator(mode="after")
+    def _bandit_has_settings(self) -> Config:
+        if "bandit" in self.stages and self.bandit is None:
+            raise ValueError("stages has bandit, but bandit has no settings; use experiment=bandit")
+        return self

@@ -18,26 +18,30 @@ class BatchOrder:
 
     ``streams`` (rows,) holds each row's stream as an index into `STREAMS`.  Mode "shuffle" draws
     from all rows (the paper's "w/o buffer"), mode "balanced" takes batch/2 rows from each of the
-    two streams, those of the first stream first (the paper's buffered training).  Every pool of
-    rows is shuffled anew for each epoch of its own: within an epoch each row comes once, a batch
-    may cross into the next epoch, and the shorter stream starts again when it ends.
+    two streams, those of the first stream first (the paper's buffered training).  Rows where
+    ``used``, bool (rows,), is false are in no batch.  Every pool of rows is shuffled anew for each
+    epoch of its own: within an epoch each row comes once, a batch may cross into the next epoch,
+    and the shorter stream starts again when it ends.
 
     A step costs O(batch) once its epoch's permutation has been made.  Raises `UserError` if the
     batch cannot be made.
     """
 
-    def __init__(self, seed: int, streams: np.ndarray, batch: int, mode: Mode) -> None:
+    def __init__(
+        self, seed: int, streams: np.ndarray, batch: int, mode: Mode, used: np.ndarray | None = None
+    ) -> None:
         self.seed, self.batch = seed, batch
         streams = np.asarray(streams)
+        used = np.ones(len(streams), bool) if used is None else used
         if mode == "shuffle":
-            self.pools = {len(STREAMS): np.arange(len(streams))}
+            self.pools = {len(STREAMS): np.flatnonzero(used)}
         else:
             if batch % 2:
                 raise UserError(
                     f"train.batch={batch} is odd, but data.batches=balanced takes half of it from each "
                     f"stream; use {batch + 1}, or data.batches=shuffle"
                 )
-            self.pools = {key: np.flatnonzero(streams == key) for key in range(len(STREAMS))}
+            self.pools = {key: np.flatnonzero(used & (streams == key)) for key in range(len(STREAMS))}
         for key, pool in self.pools.items():
             if not len(pool):
                 what = f"the stream {STREAMS[key]!r} has" if key < len(STREAMS) else "there are"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import concatenate_datasets
@@ -35,12 +35,23 @@ def device() -> torch.device:
 
 @dataclass(frozen=True)
 class Context:
-    """A run's config, the store, where its metrics go first, and what sends them on from there."""
+    """A run's config, the store, where its metrics go first, and what sends them on from there.
+
+    ``role`` is "first" while the stage of ``loss.first`` is done, whose metrics ``train/...`` and
+    ``perf/...`` the run has under ``first/...``.
+    """
 
     config: Config
     store: Store
     metrics: MetricsFile
     sync: Callable[[], None] = lambda: None
+    role: Literal["train", "first"] = "train"
+
+    def of_first_loss(self) -> Context:
+        """The same run with the loss of the stage before in place of its own."""
+        assert self.config.loss.first is not None
+        config = self.config.model_copy(update={"loss": self.config.loss.first})
+        return replace(self, config=config, role="first")
 
     @property
     def device(self) -> torch.device:
@@ -68,13 +79,22 @@ class Context:
         """Write a stage's metrics to its own file and to the run's."""
         named = {name if "/" in name else f"{prefix}/{name}": value for name, value in values.items()}
         file.append(step, named)
-        self.metrics.append(step, named)
+        self.metrics.append(step, self._as_role(named))
         self.sync()
 
     def copy_metrics(self, file: Path) -> None:
         """Give the run the metrics of a stage that was made before; what it has already is kept."""
         for record in MetricsFile(file).read():
-            self.metrics.append(record.step, record.metrics)
+            self.metrics.append(record.step, self._as_role(record.metrics))
+
+    def _as_role(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of a preference stage under the names of the stage that it is in this run."""
+        own = ("train/", "perf/")
+        first = self.role == "first"
+        return {
+            f"first/{name.partition('/')[2]}" if first and name.startswith(own) else name: value
+            for name, value in metrics.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import json
 import math
 import resource
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bfpo_exp.data.tokenise import tokenise_pairs
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
+from bfpo_exp.losses import LabelOrderWarning, get_loss
 from bfpo_exp.models.policy import load_policy, select_trainable
 from bfpo_exp.progress import progress
 from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, save, tokenizer
@@ -77,24 +79,35 @@ def _tokens(folder: Path) -> Dataset:
 
 
 def reference_pass(context: Context, reference: Weights) -> PairLogps:
-    """The reference's log-probs of the pairs of all streams in use, one stream after another."""
+    """The reference's log-probs of the pairs that the loss trains on, one stream after another."""
     return PairLogps.concatenate(
         [
             reference_of_stream(context, reference, tokenised_stream(context, stream), stream)
-            for stream in context.config.data.streams
+            for stream in context.config.trained_streams
         ]
     )
 
 
-def policy(context: Context, reference: Weights) -> Weights:
-    """The reference, trained on the preference pairs with the run's loss."""
+def policy(context: Context, start: Weights) -> Weights:
+    """``start``, trained on the preference pairs with the run's loss.
+
+    A loss with a stage before it (``loss.first``) has that stage's policy trained from ``start``.
+    If it takes a margin, that is the first policy's, and the reference is ``start``; else the first
+    policy is what this stage starts from, and its reference.
+    """
     config = context.config
-    streams = [(stream, tokenised_stream(context, stream)) for stream in config.data.streams]
+    reference, first = start, None
+    if config.loss.first is not None:
+        first = policy(context.of_first_loss(), start)
+        if not get_loss(config.loss.name).needs_margin:
+            reference, first = first, None
+    streams = [(stream, tokenised_stream(context, stream)) for stream in config.trained_streams]
     made_of = {
         "reference": reference.key,
+        "margin": first.key if first else None,
         "pairs": {stream: path.name for stream, path in streams},
         "batches": config.data.batches,
-        "loss": config.loss.model_dump(),
+        "loss": config.loss.model_dump(exclude={"first"}),
         "optimisation": config.train.model_dump(exclude={"base", "sft"}),
         "seed": config.seed,
         **context.numerics(),
@@ -106,16 +119,18 @@ def policy(context: Context, reference: Weights) -> Weights:
     def make(folder: Path) -> None:
         pairs = TokenisedPairs.of([_tokens(path) for _, path in streams])
         logps = reference_pass(context, reference)
-        _train(context, reference, PreferenceObjective(pairs, logps, config, context.device), folder)
+        margin = reference_pass(context, first) if first else None
+        objective = PreferenceObjective(pairs, logps, config, context.device, margin)
+        _train(context, reference, objective, folder)
 
     path = context.store.get("policy", made_of, make)
     context.copy_metrics(path / METRICS)
     return Weights(str(path), path.name, own=True)
 
 
-def _train(context: Context, reference: Weights, objective: PreferenceObjective, folder: Path) -> None:
+def _train(context: Context, start: Weights, objective: PreferenceObjective, folder: Path) -> None:
     config = context.config
-    model = load_policy(reference.path, config.model, own=reference.own, device=context.device)
+    model = load_policy(start.path, config.model, own=start.own, device=context.device)
     steps = total_steps(config.train, objective.rows)
     engine = PlainEngine(model, select_trainable(model, config.train.trainable), config.train, steps)
     file = MetricsFile(folder / METRICS)
@@ -123,18 +138,22 @@ def _train(context: Context, reference: Weights, objective: PreferenceObjective,
 
     def on_log(taken: int, values: Mapping[str, float]) -> None:
         values = dict(values)
-        at_reference = values.pop("loss_at_reference")
-        if taken == 1:
-            _assert_step_zero(values["loss"], at_reference)
-            values.pop("accuracy", None)  # h is zero up to rounding: its sign says nothing yet
+        if nonfinite := objective.nonfinite():
+            raise UserError(nonfinite)
         if not math.isfinite(values["loss"]):
             raise UserError(
                 f"the loss is {values['loss']} at step {taken} of {steps}: lower train.lr "
                 f"({config.train.lr}) or set train.clip"
             )
+        at_reference = values.pop("loss_at_reference")
+        if taken == 1:
+            _assert_step_zero(values["loss"], at_reference)
+            values.pop("accuracy", None)  # h is zero up to rounding: its sign says nothing yet
         context.log_as("train", file, taken, values | meter.read(taken))
 
-    with progress(f"{config.label}, seed {config.seed}", steps) as advance:
+    what = f"{config.label}, seed {config.seed}" + (", first stage" if context.role == "first" else "")
+    with warnings.catch_warnings(), progress(what, steps) as advance:
+        warnings.simplefilter("ignore", LabelOrderWarning)  # said once, before the run
         train(engine, objective, steps, config.train.log_every, on_log, advance)
     file.close()
     save(model, chat_format(context), folder)

@@ -42,17 +42,21 @@ def conclude() -> int:
         table, files = sweep_report(
             sweep.uri, sweep.tracking.experiment, sweep.parent_id, sweep.folder / "comparison"
         )
+        for outcome in sweep.outcomes:
+            if outcome.report:
+                print(f"{_shown(outcome.run_dir)}\n{outcome.report}\n")
         print(table) if isinstance(table, str) else show(table)
         failures = [o for o in sweep.outcomes if o.status == "failed"]
         bad += len(failures)
         finish_parent(sweep.uri, sweep.parent_id, files, "FAILED" if failures else "FINISHED")
         reused = sum(o.status == "reused" for o in sweep.outcomes)
-        print(f"\n{len(sweep.outcomes)} runs, of which {reused} reused and {len(failures)} failed")
+        runs = f"{len(sweep.outcomes)} run{'s' if len(sweep.outcomes) > 1 else ''}"
+        print(f"\n{runs}, of which {reused} reused and {len(failures)} failed")
         for failure in failures:
             print(f"  {failure.run_dir}: {failure.reason}")
         if files:
             print(f"table and plot: {_shown(files[0].parent)} ({', '.join(f.name for f in files)})")
-        print(f"table again:    {_command('bfpo-compare')} {sweep.folder.name}")
+            print(f"table again:    {_command('bfpo-compare')} {sweep.folder.name}")
         print(f"dashboard:      {_command('bfpo-ui')}")
     _sweeps.clear()
     return 1 if bad else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,10 +13,14 @@ from torch import Tensor
 from bfpo_exp.config.schema import Config
 from bfpo_exp.data.batches import BatchOrder
 from bfpo_exp.data.pairs import TokenisedPairs, order_signs
+from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps
 from bfpo_exp.logprobs.reference import PairLogps
-from bfpo_exp.losses import get_loss, log_ratio_margin
+from bfpo_exp.losses import get_loss
 from bfpo_exp.train.loop import Sums
+from bfpo_exp.train.statistics import pair_statistics
+
+MOST_PAIRS = 8  # that an error names
 
 
 @dataclass(frozen=True)
@@ -23,36 +28,68 @@ class PairBatch:
     """A micro-batch of n pairs, in the order that the loss trains on.
 
     Attributes:
+        indices: row numbers of the pairs, int64 (n,).
+        step: the optimisation step that it is a part of, from 0.
         rows: 2 n rows, first every y_w, then every y_l.
-        ref_w, ref_l: the reference's log-probs, reduced as the loss asks; float32 (n,).
-        safe_w, safe_l: safety labels, NaN where there is none; float32 (n,).
+        given: what the loss takes beside the policy's log-probs, float32 (n,) each: the reference's
+            log-probs ``ref_w``, ``ref_l``, reduced as the loss asks; safety labels ``safe_w``,
+            ``safe_l``, NaN where there is none; and the first policy's rewards ``margin_w``,
+            ``margin_l`` where the loss needs them.
     """
 
+    indices: np.ndarray
+    step: int
     rows: PaddedRows
-    ref_w: Tensor
-    ref_l: Tensor
-    safe_w: Tensor
-    safe_l: Tensor
+    given: dict[str, Tensor]
 
 
 class PreferenceObjective:
-    """Mean loss over a step's pairs."""
+    """Mean loss over a step's pairs.
+
+    ``first`` holds the log-probs of the policy of ``loss.first`` for a loss that needs its rewards,
+    beta_1 (log pi_1 - log ref).  Raises `UserError` where log-probs are not finite.
+    """
 
     def __init__(
-        self, pairs: TokenisedPairs, reference: PairLogps, config: Config, device: torch.device | str
+        self,
+        pairs: TokenisedPairs,
+        reference: PairLogps,
+        config: Config,
+        device: torch.device | str,
+        first: PairLogps | None = None,
     ) -> None:
         self.pairs, self.config, self.device = pairs, config, device
         self.spec = get_loss(config.loss.name)
-        self.rows = len(pairs)
-        self.batches = BatchOrder(config.seed, pairs.stream, config.train.batch, config.data.batches)
         self.first_is_w = order_signs(pairs, config.loss.order) > 0
+        trained = self._trained()
+        self.rows = int(trained.sum())
+        mode = config.data.batches if len(config.trained_streams) > 1 else "shuffle"
+        self.batches = BatchOrder(config.seed, pairs.stream, config.train.batch, mode, trained)
         self.lengths = [
             len(prompt) + max(len(first), len(second))
             for prompt, first, second in zip(pairs.prompt_ids, pairs.w_ids, pairs.l_ids, strict=True)
         ]
-        mean = config.loss.logps == "mean"
-        self.reference_w = reference.w_sum / reference.w_count if mean else reference.w_sum
-        self.reference_l = reference.l_sum / reference.l_count if mean else reference.l_sum
+        self.columns = {
+            "ref": _reduced(reference, config.loss.logps),
+            "safe": (pairs.safe_w, pairs.safe_l),
+        }
+        if self.spec.needs_margin:
+            assert first is not None
+            assert config.loss.first is not None
+            self.columns["margin"] = _rewards(first, reference, config)
+        for name in self.columns.keys() - {"safe"}:
+            bad = ~np.isfinite(np.stack(self.columns[name])).all(0)
+            if bad.any():
+                raise UserError(f"the log-probs of the {name} model are not finite for {self._named(bad)}")
+        self._suspects: list[tuple[PairBatch, Tensor]] = []
+        self._means: tuple[int, dict[str, Tensor]] = (-1, {})  # of a step
+
+    def _trained(self) -> np.ndarray:
+        """The pairs that enter batches, bool (pairs,): all but those that the loss drops."""
+        if not self.spec.drops_zero_labels:
+            return np.ones(len(self.pairs), bool)
+        every = {name: torch.from_numpy(getattr(self.pairs, name)) for name in ("safe_w", "safe_l")}
+        return self.spec.wanted_sign(every, self.config.loss.hyperparameters).numpy() != 0
 
     def tokens(self, step: int) -> int:
         """Tokens of a step's batch, prompts counted once for each response."""
@@ -65,71 +102,115 @@ class PreferenceObjective:
         """The pairs of a step, by length, so that micro-batches waste little padding."""
         batch = np.array(sorted(self.batches[step], key=self.lengths.__getitem__))
         for start in range(0, len(batch), self.config.train.microbatch):
-            yield self.view(batch[start : start + self.config.train.microbatch])
+            yield self.view(batch[start : start + self.config.train.microbatch], step)
 
-    def view(self, indices: np.ndarray) -> PairBatch:
+    def view(self, indices: np.ndarray, step: int = 0) -> PairBatch:
         """These pairs as the loss trains on them: swapped where its order says so."""
         pairs, keep = self.pairs, self.first_is_w[indices]
-
-        def ordered(of_w: np.ndarray, of_l: np.ndarray) -> tuple[Tensor, Tensor]:
+        given = {}
+        for name, (of_w, of_l) in self.columns.items():
             first = np.where(keep, of_w[indices], of_l[indices])
             second = np.where(keep, of_l[indices], of_w[indices])
-            return torch.from_numpy(first).to(self.device), torch.from_numpy(second).to(self.device)
-
+            given[f"{name}_w"] = torch.from_numpy(first).to(self.device)
+            given[f"{name}_l"] = torch.from_numpy(second).to(self.device)
         prompts = [pairs.prompt_ids[i] for i in indices]
-        first = [(pairs.w_ids if k else pairs.l_ids)[i] for i, k in zip(indices, keep, strict=True)]
-        second = [(pairs.l_ids if k else pairs.w_ids)[i] for i, k in zip(indices, keep, strict=True)]
-        return PairBatch(
-            PaddedRows.of(prompts + prompts, first + second, self.device),
-            *ordered(self.reference_w, self.reference_l),
-            *ordered(pairs.safe_w, pairs.safe_l),
-        )
+        first_ids = [(pairs.w_ids if k else pairs.l_ids)[i] for i, k in zip(indices, keep, strict=True)]
+        second_ids = [(pairs.l_ids if k else pairs.w_ids)[i] for i, k in zip(indices, keep, strict=True)]
+        rows = PaddedRows.of(prompts + prompts, first_ids + second_ids, self.device)
+        return PairBatch(indices, step, rows, given)
 
     def loss(self, model: torch.nn.Module, batch: PairBatch) -> tuple[Tensor, Sums]:
         """The pairs' summed loss over the step's number of pairs."""
+        loss = self.config.loss
+        tensors = self._log_probs(model, batch) | batch.given
+        self._watch(batch, tensors["policy_w"] + tensors["policy_l"])
+        seen = self._seen(tensors)
+        losses = self.spec({**seen, **self._step_means(model, batch)}, loss.hyperparameters)
+        with torch.no_grad():
+            tensors = {name: values.detach() for name, values in tensors.items()}
+            at_reference = {**seen, "policy_w": tensors["ref_w"], "policy_l": tensors["ref_l"]}
+            sums = pair_statistics(self.spec, loss.hyperparameters, tensors, losses.detach())
+            at_reference_losses = self.spec(at_reference, loss.hyperparameters)
+            sums.means["loss_at_reference"] = (
+                at_reference_losses.sum(),
+                at_reference_losses.new_tensor(len(losses)),
+            )
+        return losses.sum() / self.config.train.batch, sums
+
+    def nonfinite(self) -> str | None:
+        """Which pairs' log-probs, since this was last asked, were not finite first; None if none."""
+        suspects, self._suspects = self._suspects, []
+        for batch, bad in suspects:
+            if bad.any():
+                return self._told(batch, bad)
+        return None
+
+    def _log_probs(self, model: torch.nn.Module, batch: PairBatch) -> dict[str, Tensor]:
         logps, counts = response_logps(model, batch.rows)  # type: ignore[arg-type]
         if self.config.loss.logps == "mean":
             logps = logps / counts
         policy_w, policy_l = logps.chunk(2)
-        tensors = {
-            "policy_w": policy_w, "policy_l": policy_l, "ref_w": batch.ref_w, "ref_l": batch.ref_l,
-            "safe_w": batch.safe_w, "safe_l": batch.safe_l,
-        }  # fmt: skip
-        losses = self.spec(tensors, self.config.loss.hyperparameters)
-        with torch.no_grad():
-            sums = self._statistics({name: t.detach() for name, t in tensors.items()}, losses.detach())
-        return losses.sum() / self.config.train.batch, sums
+        return {"policy_w": policy_w, "policy_l": policy_l}
 
-    def _statistics(self, tensors: dict[str, Tensor], losses: Tensor) -> Sums:
-        hyperparameters = self.config.loss.hyperparameters
-        at_reference = {**tensors, "policy_w": tensors["ref_w"], "policy_l": tensors["ref_l"]}
-        h = log_ratio_margin(**{k: tensors[k] for k in ("policy_w", "policy_l", "ref_w", "ref_l")})
-        wanted = self.spec.wanted_sign(tensors, hyperparameters)
-        ratios = torch.cat([tensors["policy_w"] - tensors["ref_w"], tensors["policy_l"] - tensors["ref_l"]])
-        rewards = hyperparameters.get("beta", 1.0) * ratios
-        safe = torch.cat([tensors["safe_w"], tensors["safe_l"]])  # comparisons with NaN are false
-        cells = {
-            f"cell_{a}_{b}": (in_a(tensors["safe_w"]) & in_b(tensors["safe_l"])).sum()
-            for a, in_a in SAFETY.items()
-            for b, in_b in SAFETY.items()
-        }
+    def _seen(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        """What the loss is shown of the tensors: no reference where it is to be free of one."""
+        hidden = dict.fromkeys(("ref_w", "ref_l")) if self.config.loss.reference_free else {}
+        return {**tensors, **hidden}
 
-        def mean(values: Tensor, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            of = torch.ones_like(values, dtype=torch.bool) if of is None else of
-            return values[of].sum(), of.sum()
+    def _step_means(self, model: torch.nn.Module, batch: PairBatch) -> dict[str, Tensor]:
+        """Arguments of the loss that are means over all pairs of the step.
 
-        return Sums(
-            means={
-                "loss": mean(losses),
-                "loss_at_reference": mean(self.spec(at_reference, hyperparameters)),
-                "margin": mean(h),
-                "accuracy": mean((h * wanted > 0).float(), wanted != 0),
-                "kl": mean(-ratios),
-                "reward_safe": mean(rewards, safe >= 0.5),
-                "reward_unsafe": mean(rewards, safe < 0.5),
-            },
-            totals=cells,
+        A micro-batch that is the whole step needs no more than its own log-probs, which the loss
+        takes the mean of itself; else a pass without gradients goes over the step first.
+        """
+        if not self.spec.step_means or len(batch.indices) == self.config.train.batch:
+            return {}
+        if self._means[0] != batch.step:
+            totals: dict[str, Tensor] = {}
+            with torch.no_grad():
+                for part in self.microbatches(batch.step):
+                    tensors = self._log_probs(model, part) | part.given
+                    for name, values in self.spec.for_step_means(self._seen(tensors)).items():
+                        totals[name] = totals.get(name, 0) + values.sum()
+            count = self.config.train.batch
+            self._means = (batch.step, {name: total / count for name, total in totals.items()})
+        return self._means[1]
+
+    def _watch(self, batch: PairBatch, logps: Tensor) -> None:
+        """Refuse log-probs that are not finite: at once on the CPU, on a GPU when it is next read."""
+        bad = ~torch.isfinite(logps.detach())
+        if bad.device.type != "cpu":
+            self._suspects.append((batch, bad))
+        elif bad.any():
+            raise UserError(self._told(batch, bad))
+
+    def _told(self, batch: PairBatch, bad: Tensor) -> str:
+        mask = np.zeros(len(self.pairs), bool)
+        mask[batch.indices[bad.cpu().numpy()]] = True
+        return (
+            f"the policy's log-probs are not finite at step {batch.step + 1} for {self._named(mask)}: lower "
+            f"train.lr ({self.config.train.lr}), or set train.clip ({self.config.train.clip})"
         )
 
+    def _named(self, mask: np.ndarray) -> str:
+        rows = np.flatnonzero(mask)
+        more = f" and {len(rows) - MOST_PAIRS} more" if len(rows) > MOST_PAIRS else ""
+        streams = ", ".join(self.config.trained_streams)
+        first = ", ".join(map(str, rows[:MOST_PAIRS]))
+        return f"training pairs {first}{more} (rows from 0 of the streams {streams})"
 
-SAFETY = {"safe": lambda s: s >= 0.5, "unsafe": lambda s: s < 0.5}
+
+def _reduced(logps: PairLogps, reduction: Literal["sum", "mean"]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probs of both responses as sums, or as means over their tokens; float32 (pairs,)."""
+    if reduction == "sum":
+        return logps.w_sum, logps.l_sum
+    return (logps.w_sum / logps.w_count).astype(np.float32), (logps.l_sum / logps.l_count).astype(np.float32)
+
+
+def _rewards(first: PairLogps, reference: PairLogps, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """The first policy's implicit rewards of both responses, beta_1 (log pi_1 - log ref)."""
+    loss = config.loss.first
+    assert loss is not None
+    of_first, of_reference = _reduced(first, loss.logps), _reduced(reference, loss.logps)
+    beta = np.float32(loss.hyperparameters["beta"])
+    return beta * (of_first[0] - of_reference[0]), beta * (of_first[1] - of_reference[1])

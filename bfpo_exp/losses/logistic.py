@@ -28,6 +28,7 @@ def dpo_loss(
     preferences", 2023), for labels that are wrong with probability e.  At policy == reference every
     pair's loss is ln 2:
 
+    >>> import torch
     >>> zero = torch.zeros(1)
     >>> dpo_loss(policy_w=zero, policy_l=zero, ref_w=zero, ref_l=zero, beta=0.1).item()
     0.6931471824645996
@@ -82,6 +83,7 @@ def simpo_loss(*, policy_w: Tensor, policy_l: Tensor, beta: Beta, gamma: NonNega
 
     The paper's log-probs are means over the response's tokens (``loss.logps=mean``).
 
+    >>> import torch
     >>> round(simpo_loss(policy_w=torch.tensor([-1.0]), policy_l=torch.tensor([-1.5]),
     ...                  beta=2.0, gamma=1.0).item(), 6)  # the margin is just met
     0.693147

@@ -20,6 +20,7 @@ def ipo_loss(
     Whether the log-probs are sums (the paper's code) or means over tokens (today's libraries) is
     the setting ``loss.logps``; beta has another scale in each.
 
+    >>> import torch
     >>> zero = torch.zeros(1)
     >>> ipo_loss(policy_w=zero, policy_l=zero, ref_w=zero, ref_l=zero, beta=0.1).item()
     25.0
@@ -47,6 +48,7 @@ def bfpo_loss(
 
     At policy == reference a pair's loss is (g / beta)^2:
 
+    >>> import torch
     >>> zero, one = torch.zeros(1), torch.ones(1)
     >>> bfpo_loss(policy_w=zero, policy_l=zero, ref_w=zero, ref_l=zero, safe_w=one, safe_l=zero,
     ...           beta=0.5, b1=3.0, alpha=0.5).item()

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
+import tempfile
 import traceback
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from bfpo_exp.distributed import group
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import HOME_VARIABLE, config_dir, home
+from bfpo_exp.plan.dry_run import FLAG, without_traces
 from bfpo_exp.runtime import before_imports
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from omegaconf import DictConfig
+
+    from bfpo_exp.config.schema import Config
+    from bfpo_exp.run import Outcome
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -20,12 +33,18 @@ def main() -> None:
     before_imports()
     import hydra
 
+    if group().size > 1:
+        _join_in()
     traceback_wanted = bool(os.environ.get("HYDRA_FULL_ERROR"))
     # Hydra would print errors its own way, in several lines; with this it hands them on.
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    dry = FLAG in sys.argv
+    planned: list[Config] = []
+    task = _collected(planned) if dry else _single
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(_single)()
-        code = _conclude()
+        with without_traces() if dry else nullcontext():
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(task)()
+        code = _print_plans(planned) if dry else _conclude()
     except _BadInput as bad:
         code = _told(bad.error)
     except KeyboardInterrupt:
@@ -37,6 +56,26 @@ def main() -> None:
             raise
         code = _told(line)
     sys.exit(code)
+
+
+def _join_in() -> None:
+    """Set up one of several processes that do a run together: the main one alone speaks.
+
+    The launcher ends the others with a signal when one of them fails; it becomes an interruption,
+    which the run records.
+    """
+
+    from bfpo_exp import progress
+
+    def interrupted(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    if not group().main:
+        aside = tempfile.mkdtemp()  # for what Hydra writes of every process
+        sys.argv += ["hydra.output_subdir=null", f"hydra.run.dir={aside}", f"hydra.sweep.dir={aside}"]
+        logging.disable(logging.WARNING)
+        progress.silence()
 
 
 class _BadInput(BaseException):
@@ -53,6 +92,7 @@ def _told(error: object) -> int:
 
 def _single(composed: DictConfig) -> None:
     """One run, as Hydra calls it."""
+    from bfpo_exp import distributed
     from bfpo_exp.config.check import checked
     from bfpo_exp.paths import writable_home
 
@@ -66,17 +106,62 @@ def _single(composed: DictConfig) -> None:
         from bfpo_exp.tracking.store import prepare
 
         before_compute(config.threads)
-        uri = prepare(config.tracking, root)
+        distributed.join()
+        uri = prepare(config.tracking, root) if group().main else ""
         preflight(config)
     except UserError as error:
         raise _BadInput(error) from None
+    _tell_of_gpus()
     outcome = run(config, uri)
+    if group().main:
+        _tell(config, outcome)
+    distributed.leave()
+    if outcome.status == "failed":
+        sys.exit(1)
+
+
+def _tell_of_gpus() -> None:
+    """How to use the GPUs that one process leaves idle."""
+    import torch
+
+    if (gpus := torch.cuda.device_count()) > 1 and group().size == 1:
+        log.info(
+            "%d GPUs are visible and this run uses one of them; for all: torchrun --nproc-per-node %d "
+            "-m bfpo_exp %s",
+            gpus, gpus, " ".join(sys.argv[1:]),
+        )  # fmt: skip
+
+
+def _tell(config: Config, outcome: Outcome) -> None:
     print(f"{config.label}, seed {config.seed}: {outcome}")
     print(f"  {outcome.run_dir}")
     if outcome.report:
         print(outcome.report)
-    if outcome.status == "failed":
-        sys.exit(1)
+
+
+def _collected(configs: list[Config]) -> Callable[[DictConfig], None]:
+    """What Hydra calls for each job of a dry run: the checked config is kept."""
+
+    def collect(composed: DictConfig) -> None:
+        from bfpo_exp.config.check import checked
+
+        try:
+            configs.append(checked(composed))
+        except UserError as error:
+            raise _BadInput(error) from None
+
+    return collect
+
+
+def _print_plans(configs: list[Config]) -> int:
+    """What a dry run ends in; nothing where Hydra only answered a question (``--help``)."""
+    if configs:
+        from bfpo_exp.plan.report import plans
+        from bfpo_exp.runtime import before_compute
+
+        before_compute(configs[0].threads)
+        print(plans(configs))
+    return 0
 
 
 def _conclude() -> int:

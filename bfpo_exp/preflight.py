@@ -12,17 +12,22 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from bfpo_exp.config.schema import Config, Loss
+from bfpo_exp.config.schema import Config, Loss, Optimisation
+from bfpo_exp.data.conversations import sft_format
 from bfpo_exp.data.mix import PairMix
 from bfpo_exp.data.requirements import missing_labels
 from bfpo_exp.errors import UserError
 from bfpo_exp.eval.kinds import check_tasks
 from bfpo_exp.losses import LabelOrderWarning, get_loss
 from bfpo_exp.losses.label import CELLS
+from bfpo_exp.models.lora import check_lora
 from bfpo_exp.models.policy import architecture, check_model, check_trainable
 from bfpo_exp.models.tokenizers import load_tokenizer
 from bfpo_exp.stages.bandit import bandit_settings, bandit_warnings
 from bfpo_exp.stages.context import demo_mix, stream_mix
+from bfpo_exp.train.engines import check_engine
+from bfpo_exp.train.live_reference import check_reference
+from bfpo_exp.train.optimisers import check_optimiser
 
 log = logging.getLogger(__name__)
 
@@ -44,22 +49,34 @@ def _check_pipeline(config: Config) -> None:
             revision=config.model.revision,
             trust_remote_code=config.model.trust_remote_code,
         )
+    check_engine(config.deepspeed, *_trained(config))
+    for optimisation in _trained(config):
+        check_optimiser(optimisation)
     check_trainable(
         config.model, config.train.trainable, config.train.sft.trainable, config.train.base.trainable
     )
     if "evaluate" in config.stages:
         check_tasks(config)
     if "sft" in config.stages:
+        sft_format(config.data.format, config.train.sft.max_length)
         demo_mix(config.data)
     if "preference" in config.stages:
         _check_preference(config)
     _check_lengths(config)
 
 
+def _trained(config: Config) -> list[Optimisation]:
+    """How the stages that are to be done train."""
+    stages = {"base": config.train.base, "sft": config.train.sft, "preference": config.train}
+    return [optimisation for stage, optimisation in stages.items() if stage in config.stages]
+
+
 def _check_lengths(config: Config) -> None:
     """Sequences longer than the positions that a model knows give nonsense, or an index error."""
     positions = getattr(architecture(config.model), "max_position_embeddings", None)
     longest = {"data.format.max_length": config.data.format.max_length}
+    if "sft" in config.stages and config.train.sft.max_length:
+        longest["train.sft.max_length"] = config.train.sft.max_length
     if "evaluate" in config.stages:
         answer = config.eval.sampling.max_new_tokens
         longest["data.format.max_prompt_length + eval.sampling.max_new_tokens"] = (
@@ -73,6 +90,9 @@ def _check_lengths(config: Config) -> None:
 
 
 def _check_preference(config: Config) -> None:
+    check_reference(config.train, config.deepspeed)
+    if config.train.lora:
+        check_lora(config.train.lora, config.model)
     if config.data.batches == "balanced" and config.train.batch % 2:
         raise UserError(
             f"train.batch={config.train.batch} is odd, but data.batches=balanced takes half of it from "

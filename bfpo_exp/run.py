@@ -21,9 +21,11 @@ from bfpo_exp.config.schema import Config
 from bfpo_exp.data.card import card_metrics, dataset_card
 from bfpo_exp.data.demos import demos_fingerprint
 from bfpo_exp.data.mix import pairs_fingerprint
+from bfpo_exp.distributed import group, join, told
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version, stable_hash
 from bfpo_exp.losses import get_loss
+from bfpo_exp.models.numerics import resolved_attention
 from bfpo_exp.models.policy import weights_fingerprint
 from bfpo_exp.paths import home
 from bfpo_exp.runtime import before_compute
@@ -43,6 +45,7 @@ COMPUTES = (
     "bandit", "config", "data", "eval", "logprobs", "losses", "models", "stages", "theory", "train", "world",
     "run",
 )  # fmt: skip
+OTHER_FAILURE = "failure.txt"  # of a process other than the main one
 REPORT = "report.txt"  # what a run has to say beyond its scores
 
 
@@ -80,6 +83,7 @@ def run_key(config: Config) -> str:
         "demonstrations": demos_fingerprint(config.data) if "sft" in config.stages else None,
         "weights": weights_fingerprint(config.model) if config.model.path else None,
         "device": device().type,
+        "attention": resolved_attention(config.model),
     }
     return stable_hash([config.model_dump(exclude={"tracking"}), inputs, code_version(*COMPUTES)])
 
@@ -93,10 +97,14 @@ def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:
     """Do a run, or reuse it if it is done.  What goes wrong is recorded and returned, not raised."""
     started = time.perf_counter()
     before_compute(config.threads)
+    join()
+    if not group().main:
+        return _follow(config)
     run_dir, recorder = _opened(config, uri, parent_id)
     with FileLock(run_dir / ".lock"):
         metrics = MetricsFile(run_dir / "metrics.jsonl")
-        if _status(run_dir) == "finished":
+        finished = told(_status(run_dir) == "finished")
+        if finished:
             publish_copy(uri, config.tracking.experiment, run_dir, recorder.name, parent_id)
             return Outcome("reused", metrics.last(), run_dir, time.perf_counter() - started)
         _write(run_dir / "config.yaml", yaml.safe_dump(_shown(config), sort_keys=False))
@@ -106,7 +114,7 @@ def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:
             live = at_most_every(SYNC_SECONDS, recorder.sync)
             _execute(Context(config, Store(home() / "store"), metrics, live), run_dir)
         except KeyboardInterrupt:
-            _record_failure(run_dir, recorder, "interrupted")
+            _record_failure(run_dir, recorder, _other_failure(run_dir) or "interrupted")
             raise
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -117,6 +125,28 @@ def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:
         _write(run_dir / "status.json", json.dumps({"status": "finished"}))
         recorder.finish("FINISHED")
     return Outcome("finished", metrics.last(), run_dir, time.perf_counter() - started)
+
+
+def _follow(config: Config) -> Outcome:
+    """The part of a process that is not the main one: the same stages, and no word of them."""
+    started = time.perf_counter()
+    run_dir = home() / "run" / run_key(config)
+    if told(False):
+        return Outcome("reused", {}, run_dir, time.perf_counter() - started)
+    try:
+        _pipeline(Context(config, Store(home() / "store"), MetricsFile(os.devnull)), None)
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+        _write(run_dir / OTHER_FAILURE, f"process {group().rank}: {' '.join(reason.split())}")
+        return Outcome("failed", {}, run_dir, time.perf_counter() - started, reason)
+    return Outcome("finished", {}, run_dir, time.perf_counter() - started)
+
+
+def _other_failure(run_dir: Path) -> str | None:
+    """What another process of the run died of; the launcher then ends the main one with a signal."""
+    file = run_dir / OTHER_FAILURE
+    return file.read_text() if group().size > 1 and file.exists() else None
 
 
 def give_up(config: Config, uri: str, parent_id: str | None, reason: str) -> Outcome:
@@ -167,19 +197,22 @@ def _execute(context: Context, run_dir: Path) -> None:
     training_curves(context.metrics, artifacts / "training.png", f"{config.label}, seed {config.seed}")
 
 
-def _pipeline(context: Context, artifacts: Path) -> None:
-    """From a base model to the scores of a policy."""
+def _pipeline(context: Context, artifacts: Path | None) -> None:
+    """From a base model to the scores of a policy; ``artifacts`` is None where another process writes."""
     config = context.config
     weights = base_model(context)
     if "sft" in config.stages:
         weights = sft_model(context, weights)
     if {"reference", "preference"} & set(config.stages):
         _describe_data(context, weights, artifacts)
-        reference_pass(_first_trained(context), weights)
+        if config.train.reference == "cached":
+            reference_pass(_first_trained(context), weights)
     if "preference" in config.stages:
         weights = policy(context, weights)
     if "evaluate" in config.stages:
         scores, responses = evaluate(context, weights)
+        if artifacts is None:
+            return
         context.metrics.append(0, scores)
         if responses:
             write_table(artifacts / "generations.json", responses)
@@ -192,7 +225,7 @@ def _first_trained(context: Context) -> Context:
     return context
 
 
-def _describe_data(context: Context, start: Weights, artifacts: Path) -> None:
+def _describe_data(context: Context, start: Weights, artifacts: Path | None) -> None:
     """The data set's card, and its counts as metrics."""
     data = context.config.data
     pairs = training_mix(data)
@@ -200,6 +233,8 @@ def _describe_data(context: Context, start: Weights, artifacts: Path) -> None:
         f"pairs_{stream}": json.loads((tokenised_stream(context, stream) / COUNTS).read_text())
         for stream in data.streams
     }
+    if artifacts is None:
+        return
     demos = None
     if "sft" in context.config.stages:
         demos = demo_mix(data)

@@ -24,8 +24,11 @@ def before_compute(threads: int) -> None:
 
 @functools.cache
 def _once() -> None:
-    import datasets
     import torch
+
+    if not torch.cuda.is_available():  # read where DeepSpeed is imported, if only by transformers
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import datasets
     import transformers
 
     # A saturated loss has denormal gradients, with which a CPU multiplies 5 to 20 times slower.

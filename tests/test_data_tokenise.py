@@ -116,7 +116,12 @@ def test_demonstrations() -> None:
     tokens, counts = tokenise_demos(records, form := chat())
     expected = form.encode(demo["prompt"], "how")  # type: ignore[arg-type]
     assert tokens.to_list() == [
-        {"prompt_ids": expected.prompt_ids, "response_ids": expected.response_ids, "row": 1}
+        {
+            "prompt_ids": expected.prompt_ids,
+            "response_ids": expected.response_ids,
+            "trained": [True] * len(expected.response_ids),
+            "row": 1,
+        }
     ]
     assert counts["demonstrations"] == 2
     assert counts["special_tokens"] == 1

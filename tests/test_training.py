@@ -41,6 +41,10 @@ OPTIMISATION: dict[str, Any] = {
     "betas": [0.9, 0.999],
     "clip": 1.0,
     "log_every": 1,
+    "optimizer": "adamw",
+    "gradient_checkpointing": False,
+    "checkpoint_every": None,
+    "keep_checkpoints": 1,
 }
 
 
@@ -87,7 +91,9 @@ def test_a_warm_up_of_nothing_and_of_everything() -> None:
 def test_the_engine_steps_at_the_scheduled_rate() -> None:
     """AdamW's first step moves a weight by the rate, whatever the gradient's size."""
     module = nn.Linear(1, 1, bias=False)
-    engine = PlainEngine(module, module.parameters(), optimisation(warmup=0.5, betas=[0.0, 0.0]), steps=4)
+    engine = PlainEngine(
+        module, list(module.parameters()), optimisation(warmup=0.5, betas=[0.0, 0.0]), steps=4
+    )
     moved = []
     for _ in range(4):
         before = module.weight.item()
@@ -100,7 +106,7 @@ def test_the_engine_steps_at_the_scheduled_rate() -> None:
 def test_gradients_are_clipped_to_the_norm() -> None:
     """betas = (0, 0) would hide the size of a gradient; the momentum of two steps shows it."""
     module = nn.Linear(2, 1, bias=False)
-    engine = PlainEngine(module, module.parameters(), optimisation(clip=0.5), steps=2)
+    engine = PlainEngine(module, list(module.parameters()), optimisation(clip=0.5), steps=2)
     engine.backward((module.weight * torch.tensor([[3.0, 4.0]])).sum())
     assert engine.step().item() == pytest.approx(5.0)
     moment = engine.optimiser.state[module.weight]["exp_avg"]  # (1 - 0.9) * gradient
@@ -117,19 +123,19 @@ class Counting:
 
     def __init__(self) -> None:
         self.module: nn.Module = nn.Identity()
+        self.device = torch.device("cpu")
         self.number = 0
 
     def microbatches(self, step: int) -> Iterator[int]:
-        for _ in range(2):
-            self.number += 1
-            yield self.number
+        yield from (2 * step + 1, 2 * step + 2)
 
     def loss(self, model: nn.Module, batch: int) -> tuple[Tensor, Sums]:
+        self.number = batch
         value = torch.tensor(float(batch))
         return value, Sums(means={"value": (value, torch.tensor(1))}, totals={"seen": torch.tensor(1)})
 
-    def backward(self, loss: Tensor) -> None:
-        pass
+    def backward(self, loss: Tensor, last: bool) -> None:
+        assert last == (self.number % 2 == 0)
 
     def step(self) -> Tensor:
         return torch.tensor(2.0)

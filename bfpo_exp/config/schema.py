@@ -19,6 +19,7 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Stage = Literal["base", "sft", "reference", "preference", "evaluate", "bandit"]
 StreamName = Literal["helpfulness", "safety"]
+LossOn = Literal["last", "assistant", "all"]
 STREAMS: tuple[StreamName, ...] = ("helpfulness", "safety")
 
 
@@ -183,17 +184,22 @@ class Pretraining(Strict):
 
 
 class Model(Strict):
-    """A policy: pretrained weights at ``path``, or random weights of ``architecture``."""
+    """A policy: pretrained weights at ``path``, or random weights of ``architecture``.
+
+    ``shape`` declares fields of the config of the weights at ``path``, so that a run can be planned
+    without them; it is held to them when they are loaded.
+    """
 
     name: str
     path: Annotated[str, AfterValidator(os.path.expanduser)] | None
     revision: str | None
     trust_remote_code: bool
     architecture: dict[str, Any] | None
+    shape: dict[str, Any] | None
     tokenizer: Tokenizer
     pretraining: Pretraining | None
-    dtype: Literal["float32"]
-    attention: Literal["sdpa", "eager"]
+    dtype: Literal["float32", "bfloat16"]
+    attention: Literal["auto", "flash_attention_2", "sdpa", "eager"]
     seed: Seed
 
     @model_validator(mode="after")
@@ -202,6 +208,11 @@ class Model(Strict):
             raise ValueError(
                 "give either path (pretrained weights) or architecture (random weights), not "
                 + ("neither; set model.path=<folder or hub id>" if self.path is None else "both")
+            )
+        if self.shape is not None and (self.architecture is not None or "model_type" not in self.shape):
+            raise ValueError(
+                "shape declares the config of pretrained weights, model_type included; "
+                f"got shape={self.shape}, architecture={self.architecture}"
             )
         return self
 
@@ -224,6 +235,10 @@ class Optimisation(Strict):
     betas: tuple[Share, Share]
     clip: Positive | None
     log_every: Count
+    checkpoint_every: Count | None
+    keep_checkpoints: Count
+    optimizer: Literal["adamw", "rmsprop", "adamw_8bit"]
+    gradient_checkpointing: bool
 
     @model_validator(mode="after")
     def _length(self) -> Optimisation:
@@ -239,17 +254,52 @@ class SeededOptimisation(Optimisation):
     threads: Count
 
 
+class SftOptimisation(SeededOptimisation):
+    """Supervised fine-tuning: which tokens of a conversation are trained, and how rows are made of them."""
+
+    loss_on: LossOn
+    packing: bool
+    max_length: Count | None
+
+
+class Lora(Strict):
+    """Low-rank adapters: the update of a matrix is ``alpha / rank`` times a product of two thin ones.
+
+    ``target`` holds suffixes of the names of linear modules, as ``train.trainable`` does.
+    """
+
+    rank: Count
+    alpha: Positive
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target: Annotated[list[str], Field(min_length=1)]
+
+
 class Train(Optimisation):
     """The preference stage, with the two stages before it."""
 
+    reference: Literal["cached", "live"]
+    lora: Lora | None
     base: SeededOptimisation
-    sft: SeededOptimisation
+    sft: SftOptimisation
 
 
 class Deepspeed(Strict):
-    """Which engine steps the weights."""
+    """Which engine steps the weights, with DeepSpeed's own settings."""
 
-    name: Literal["none"]
+    name: Literal["none", "zero1", "zero2", "zero3", "zero3_offload"]
+    config: dict[str, Any] | None
+
+    @model_validator(mode="after")
+    def _settings(self) -> Deepspeed:
+        if (self.name == "none") != (self.config is None):
+            raise ValueError(
+                f"config belongs to the ZeRO stages, but name={self.name}, config={self.config}; choose "
+                "deepspeed=none|zero1|zero2|zero3|zero3_offload"
+            )
+        stage = (self.config or {}).get("zero_optimization", {}).get("stage")
+        if self.name != "none" and stage != int(self.name[4]):
+            raise ValueError(f"name={self.name}, but config.zero_optimization.stage={stage}")
+        return self
 
 
 # ---------------------------------------------------------------- evaluation

@@ -63,6 +63,7 @@ class ChatFormat:
         self.bos_id: int | None = tokenizer.bos_token_id
         self._control_ids = _control_ids(tokenizer)
         self.end_of_turn_id = self._find_end_of_turn()
+        self.end_of_turn: str = tokenizer.convert_ids_to_tokens(self.end_of_turn_id)
         spelled = sorted(tokenizer.convert_ids_to_tokens(sorted(self._control_ids)), key=len, reverse=True)
         self._control_text = re.compile("|".join(map(re.escape, spelled)))
 
@@ -80,7 +81,7 @@ class ChatFormat:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt's ids, cut to ``max_prompt_length``, ready for a response to be generated."""
-        return self._cut_prompt(self._with_one_bos(self._ids(self._texts([messages]))[0]))
+        return self._cut_prompt(self.with_one_bos(self.ids(self._texts([messages]))[0]))
 
     def encode(self, messages: Sequence[Message], response: str) -> Tokens:
         """One prompt with one response."""
@@ -91,29 +92,42 @@ class ChatFormat:
     ) -> list[list[Tokens]]:
         """Each prompt with its responses, of which there may be any number."""
         texts = self._texts(prompts)
-        prompt_ids = self._ids(texts)
+        prompt_ids = self.ids(texts)
         flat = [(row, response) for row, several in enumerate(responses) for response in several]
-        joint = self._ids([texts[row] + response for row, response in flat])
-        bodies: list[list[int] | None] = []
-        for (row, _), ids in zip(flat, joint, strict=True):
-            length = len(prompt_ids[row])
-            bodies.append(ids[length:] if ids[:length] == prompt_ids[row] else None)
-        apart = [place for place, body in enumerate(bodies) if body is None]
-        for place, ids in zip(apart, self._ids([flat[place][1] for place in apart]), strict=True):
-            bodies[place] = ids
-
+        bodies = self.continuations(texts, prompt_ids, flat)
         forged = [any(self.spells_control(turn["content"]) for turn in prompt) for prompt in prompts]
-        full = [self._with_one_bos(ids) for ids in prompt_ids]
+        full = [self.with_one_bos(ids) for ids in prompt_ids]
         encoded: list[list[Tokens]] = [[] for _ in prompts]
         for (row, response), body in zip(flat, bodies, strict=True):
-            assert body is not None
-            bad = forged[row] or self.spells_control(response) or not self._control_ids.isdisjoint(body)
+            bad = forged[row] or self.spells_control(response) or self.has_control(body)
             encoded[row].append(self._within_limits(full[row], body, "special_tokens" if bad else ""))
         return encoded
+
+    def continuations(
+        self, texts: Sequence[str], text_ids: Sequence[list[int]], bodies: Sequence[tuple[int, str]]
+    ) -> list[list[int]]:
+        """The ids of every body, (row, text), where it follows ``texts[row]``.
+
+        They are those of the joint text after ``text_ids[row]``, or, where these are no prefix of
+        it, those of the body by itself.
+        """
+        joint = self.ids([texts[row] + body for row, body in bodies])
+        found: list[list[int] | None] = []
+        for (row, _), ids in zip(bodies, joint, strict=True):
+            length = len(text_ids[row])
+            found.append(ids[length:] if ids[:length] == text_ids[row] else None)
+        apart = [place for place, ids in enumerate(found) if ids is None]
+        for place, ids in zip(apart, self.ids([bodies[place][1] for place in apart]), strict=True):
+            found[place] = ids
+        return [ids for ids in found if ids is not None]
 
     def spells_control(self, text: str) -> bool:
         """Whether a text contains the name of a control token, with which it could forge a turn."""
         return self._control_text.search(text) is not None
+
+    def has_control(self, ids: Sequence[int]) -> bool:
+        """Whether a control token is among these."""
+        return not self._control_ids.isdisjoint(ids)
 
     def _within_limits(self, full_prompt: list[int], body: list[int], problem: str) -> Tokens:
         prompt = self._cut_prompt(full_prompt)
@@ -135,21 +149,24 @@ class ChatFormat:
             return ids
         return ids[excess:] if self.bos_id is None else [ids[0], *ids[excess + 1 :]]
 
-    def _with_one_bos(self, ids: list[int]) -> list[int]:
+    def with_one_bos(self, ids: list[int]) -> list[int]:
+        """The same tokens after exactly one BOS, if the tokenizer has one."""
         if self.bos_id is None:
             return ids
         start = next((place for place, token in enumerate(ids) if token != self.bos_id), len(ids))
         return [self.bos_id, *ids[start:]]
 
     def _texts(self, prompts: Sequence[Sequence[Message]]) -> list[str]:
-        return self._render([self._with_system(prompt) for prompt in prompts], generation_prompt=True)
+        return self.render([self.with_system(prompt) for prompt in prompts], generation_prompt=True)
 
-    def _with_system(self, prompt: Sequence[Message]) -> list[Message]:
+    def with_system(self, prompt: Sequence[Message]) -> list[Message]:
+        """The messages after the format's system turn, if it has one and they have none."""
         if self.format.system is None or any(turn["role"] == "system" for turn in prompt):
             return list(prompt)
         return [Message(role="system", content=self.format.system), *prompt]
 
-    def _render(self, conversations: list[list[Message]], generation_prompt: bool) -> list[str]:
+    def render(self, conversations: list[list[Message]], generation_prompt: bool) -> list[str]:
+        """What the template writes; a `UserError` for a conversation that it refuses."""
         try:
             return self.tokenizer.apply_chat_template(
                 conversations,
@@ -164,7 +181,8 @@ class ChatFormat:
                 "for a template without a system turn set data.format.system=null"
             ) from None
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def ids(self, texts: list[str]) -> list[list[int]]:
+        """The texts' token ids, to which nothing is added."""
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)[
@@ -174,8 +192,8 @@ class ChatFormat:
     def _find_end_of_turn(self) -> int:
         """The first token that the template writes after an assistant's text."""
         turns = [Message(role="user", content="x"), Message(role="assistant", content=SENTINEL)]
-        _, found, after = self._render([turns], generation_prompt=False)[0].rpartition(SENTINEL)
-        first = self._ids([after.lstrip()])[0][:1]
+        _, found, after = self.render([turns], generation_prompt=False)[0].rpartition(SENTINEL)
+        first = self.ids([after.lstrip()])[0][:1]
         if not found or not first or first[0] not in self._control_ids:
             shown = repr(after[:20]) if found else "no assistant text"
             raise UserError(

@@ -8,9 +8,10 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from bfpo_exp.config.schema import STREAMS
+from bfpo_exp.config.schema import STREAMS, LossOn
 from bfpo_exp.data.arrow import derive
 from bfpo_exp.data.chat import ChatFormat, Tokens
+from bfpo_exp.data.conversations import Demonstration, encode_demonstrations
 from bfpo_exp.errors import UserError
 
 PROBLEMS = ("special_tokens", "response_cut_empty")
@@ -28,7 +29,14 @@ TOKENISED_PAIRS = Features(
         "row": Value("int64"),  # index into the records
     }
 )
-TOKENISED_DEMOS = Features({"prompt_ids": IDS, "response_ids": IDS, "row": Value("int64")})
+TOKENISED_DEMOS = Features(
+    {
+        "prompt_ids": IDS,  # before the first trained token
+        "response_ids": IDS,
+        "trained": List(Value("bool")),  # of each token of response_ids
+        "row": Value("int64"),
+    }
+)
 SAFER = {"w": 1, "l": -1, None: 0}
 
 
@@ -61,20 +69,34 @@ def tokenise_pairs(records: Dataset, chat: ChatFormat) -> tuple[Dataset, dict[st
     return tokens, _counts("pairs", len(records), len(tokens), counts, chat)
 
 
-def tokenise_demos(records: Dataset, chat: ChatFormat) -> tuple[Dataset, dict[str, int]]:
-    """Token ids of demonstrations (`arrow.DEMO_FEATURES` to `TOKENISED_DEMOS`), as for pairs."""
+def tokenise_demos(
+    records: Dataset, chat: ChatFormat, loss_on: LossOn = "last"
+) -> tuple[Dataset, dict[str, int]]:
+    """Token ids of demonstrations (`arrow.DEMO_FEATURES` to `TOKENISED_DEMOS`), as for pairs.
+
+    ``loss_on`` says which tokens are trained, see `conversations.encode_demonstrations`.
+    """
     counts: Counter[str] = Counter()
 
     def encode(batch: dict[str, list[Any]], rows: list[int]) -> dict[str, list[Any]]:
-        encoded = chat.encode_batch(batch["prompt"], [[response] for response in batch["response"]])
-        kept = _kept(encoded, chat, counts)
+        encoded = encode_demonstrations(chat, batch["prompt"], batch["response"], loss_on)
+        kept = []
+        for place, tokens in enumerate(encoded):
+            if tokens.problem:
+                counts[tokens.problem] += 1
+                continue
+            kept.append(place)
+            counts["truncated_prompts"] += tokens.truncated_prompt
+            counts["truncated_responses"] += tokens.truncated_response
+            _check_demonstration(tokens, chat)
         return {
-            "prompt_ids": [encoded[i][0].prompt_ids for i in kept],
-            "response_ids": [encoded[i][0].response_ids for i in kept],
+            "prompt_ids": [encoded[i].prompt_ids for i in kept],
+            "response_ids": [encoded[i].response_ids for i in kept],
+            "trained": [encoded[i].trained for i in kept],
             "row": [rows[i] for i in kept],
         }
 
-    tokens = derive(records, encode, TOKENISED_DEMOS, ["demonstrations", chat.fingerprint])
+    tokens = derive(records, encode, TOKENISED_DEMOS, ["demonstrations", chat.fingerprint, loss_on])
     return tokens, _counts("demonstrations", len(records), len(tokens), counts, chat)
 
 
@@ -96,14 +118,32 @@ def _kept(encoded: list[list[Tokens]], chat: ChatFormat, counts: Counter[str]) -
 
 def _check_law(tokens: Tokens, chat: ChatFormat) -> None:
     """One BOS, first; one end of turn, last (none in a cut response that is left open)."""
-    if chat.bos_id is not None:
-        assert tokens.prompt_ids[0] == chat.bos_id
-        closes_turns = chat.bos_id == chat.end_of_turn_id  # one token with both roles, as GPT-2's
-        assert closes_turns or chat.bos_id not in tokens.prompt_ids[1:]
+    _check_bos(tokens.prompt_ids, chat)
     closed = chat.format.close_truncated or not tokens.truncated_response
     assert tokens.response_ids.count(chat.end_of_turn_id) == closed
     assert (tokens.response_ids[-1] == chat.end_of_turn_id) == closed
     assert len(tokens.prompt_ids) + len(tokens.response_ids) <= chat.format.max_length
+
+
+def _check_demonstration(tokens: Demonstration, chat: ChatFormat) -> None:
+    """One BOS, first; the last token is trained, and closes a turn (unless it was cut and left open)."""
+    _check_bos(tokens.prompt_ids, chat)
+    closes_turns = chat.bos_id == chat.end_of_turn_id
+    assert closes_turns or chat.bos_id not in tokens.response_ids
+    assert len(tokens.trained) == len(tokens.response_ids)
+    assert tokens.trained[0]
+    assert tokens.trained[-1]
+    closed = chat.format.close_truncated or not tokens.truncated_response
+    assert tokens.response_ids[-1] == chat.end_of_turn_id or not closed
+    assert len(tokens.prompt_ids) + len(tokens.response_ids) <= chat.format.max_length
+
+
+def _check_bos(ids: list[int], chat: ChatFormat) -> None:
+    """One BOS, first, if the tokenizer has one."""
+    if chat.bos_id is not None:
+        assert ids[0] == chat.bos_id
+        closes_turns = chat.bos_id == chat.end_of_turn_id  # one token with both roles, as GPT-2's
+        assert closes_turns or chat.bos_id not in ids[1:]
 
 
 def _label(label: float | None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 
 from bfpo_exp.config.schema import Sampling
 from bfpo_exp.data.chat import ChatFormat
+from bfpo_exp.distributed import gathered, group
 from bfpo_exp.eval.tasks import Prompt
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ def generate(
     """One response to each prompt: decoded text without its end of turn.
 
     Draws from the softmax at the given temperature, without top-k or nucleus; temperature 0 takes
-    the most likely token.  A function of the weights, the prompts, the sampling and the seed.
+    the most likely token.  A function of the weights, the prompts, the sampling and the seed: every
+    batch is drawn with a seed of its own, and the processes take whole batches.
     """
     from transformers import GenerationConfig
 
@@ -44,10 +47,10 @@ def generate(
         top_k=0,
         top_p=1.0,
     )
-    torch.manual_seed(seed)
-    texts = [""] * len(ids)
-    for start in range(0, len(order), sampling.batch):
+    done: list[tuple[int, str]] = []
+    for start in group().share(range(0, len(order), sampling.batch)):
         rows = order[start : start + sampling.batch]
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{start}".encode()).digest()[:4]))
         batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, padding_side="left", return_tensors="pt")
         length = batch["input_ids"].shape[1]
         output = model.generate(  # type: ignore[operator]
@@ -57,6 +60,7 @@ def generate(
         )
         for i, response in zip(rows, output[:, length:].tolist(), strict=True):
             end = response.index(chat.end_of_turn_id) if chat.end_of_turn_id in response else None
-            texts[i] = tokenizer.decode(response[:end], skip_special_tokens=False).strip()
-        progress(len(rows))
-    return texts
+            done.append((i, tokenizer.decode(response[:end], skip_special_tokens=False).strip()))
+        progress(group().size * len(rows))
+    texts = dict(gathered(done))
+    return [texts[i] for i in range(len(ids))]

@@ -11,11 +11,10 @@ import torch
 
 from bfpo_exp.config.schema import Model
 from bfpo_exp.errors import UserError, unknown
+from bfpo_exp.models.numerics import DTYPES, check_numerics, resolved_attention, tell_numerics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = {"float32": torch.float32}
 
 
 def is_local(path: str) -> bool:
@@ -26,8 +25,10 @@ def is_local(path: str) -> bool:
 def check_model(config: Model) -> None:
     """A `UserError` for a path that holds no model, before anything is loaded.
 
-    A hub id is looked up through its ``config.json``, cached or from the hub.
+    So for a dtype or an attention that this machine does not have.  A hub id is looked up through its
+    ``config.json``, cached or from the hub.
     """
+    check_numerics(config)
     if config.path is None:
         return
     if not is_local(config.path):
@@ -76,37 +77,75 @@ def weights_fingerprint(config: Model) -> str:
 def architecture(config: Model, **fields: Any) -> PreTrainedConfig:
     """The transformers config of the model: of ``path``, or of ``architecture`` with more fields.
 
-    Raises `UserError` for fields that transformers does not take.
+    Raises `UserError` for fields that transformers does not take, and for pretrained weights of
+    another shape than the config declares.
     """
     from transformers import AutoConfig
 
-    if config.path is not None:
-        return AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
+    if config.path is None:
+        return _made_config("architecture", {**(config.architecture or {}), **fields})
+    found = AutoConfig.from_pretrained(
+        config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    )
+    for name, declared in (config.shape or {}).items():
+        if (actual := getattr(found, name, None)) != declared:
+            raise UserError(
+                f"model.shape.{name}={declared}, but the model at model.path={config.path!r} has {actual}; "
+                "set model.shape to its own, or to null"
+            )
+    return found
+
+
+def declared_architecture(config: Model, **fields: Any) -> PreTrainedConfig | None:
+    """The transformers config as far as it is known without the weights; None where it is not.
+
+    That is ``shape``, else ``architecture`` with more fields, else the file in a local folder.
+    """
+    if config.shape is not None:
+        return _made_config("shape", config.shape)
+    if config.path is not None and not Path(config.path, "config.json").is_file():
+        return None
+    return architecture(config, **fields)
+
+
+def _made_config(key: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
     try:
-        return AutoConfig.for_model(**{**(config.architecture or {}), **fields})
+        return AutoConfig.for_model(**fields)
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"model.architecture={config.architecture}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"model.{key}={fields}: {str(error).splitlines()[0]}") from None
+
+
+def without_weights(shape: PreTrainedConfig, config: Model) -> PreTrainedModel:
+    """The model on the meta device: every parameter has its shape, and none takes memory."""
+    with torch.device("meta"):
+        return _from_config(shape, config)
 
 
 def check_trainable(config: Model, *several: Literal["all"] | Sequence[str]) -> None:
     """A `UserError` for a choice of trained weights that the model does not have; loads no weights."""
-    with torch.device("meta"):
-        model = _from_config(architecture(config), config)
+    model = without_weights(architecture(config), config)
     for trainable in several:
         select_trainable(model, trainable)
 
 
 def random_policy(config: Model, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
     """A model of ``config.architecture`` with random weights from ``config.seed``."""
-    shape = architecture(
+    return random_weights(
         config,
+        device,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+
+def random_weights(config: Model, device: torch.device, **fields: Any) -> PreTrainedModel:
+    """As `random_policy`, with what the tokenizer decides (``vocab_size``, ...) as fields of the config."""
+    tell_numerics(config)
+    shape = architecture(config, **fields)
     torch.manual_seed(config.seed)
     return _from_config(shape, config).eval().to(device)
 
@@ -118,7 +157,7 @@ def _from_config(shape: PreTrainedConfig, config: Model) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(
             shape,
             dtype=DTYPES[config.dtype],
-            attn_implementation=config.attention,
+            attn_implementation=resolved_attention(config),
             trust_remote_code=config.trust_remote_code,
         )
     except (ValueError, TypeError) as error:
@@ -133,12 +172,13 @@ def load_policy(path: str | Path, config: Model, *, own: bool, device: torch.dev
     """
     from transformers import AutoModelForCausalLM
 
+    tell_numerics(config)
     model = AutoModelForCausalLM.from_pretrained(
         str(path),
         revision=None if own else config.revision,
         trust_remote_code=False if own else config.trust_remote_code,
         dtype=DTYPES[config.dtype],
-        attn_implementation=config.attention,
+        attn_implementation=resolved_attention(config),
         use_safetensors=True,
     )
     return model.eval().to(device)

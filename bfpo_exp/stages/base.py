@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bfpo_exp import world
-from bfpo_exp.config.schema import SeededOptimisation
+from bfpo_exp.config.schema import Optimisation, Train
 from bfpo_exp.data.chat import ChatFormat
+from bfpo_exp.data.conversations import sft_format
 from bfpo_exp.data.records import Message
 from bfpo_exp.data.tokenise import tokenise_demos
+from bfpo_exp.distributed import group
 from bfpo_exp.hashing import code_version
+from bfpo_exp.models.lora import merged
+from bfpo_exp.models.output import ModelCard, model_card, write_model_folder
 from bfpo_exp.models.policy import load_policy, random_policy, select_trainable, weights_fingerprint
 from bfpo_exp.models.tokenizers import bpe_tokenizer, load_tokenizer, word_tokenizer
 from bfpo_exp.progress import progress
 from bfpo_exp.runtime import cpu_threads
 from bfpo_exp.stages.context import Context, Weights, demo_mix
 from bfpo_exp.tracking.metrics_file import MetricsFile
+from bfpo_exp.train.checkpoints import Checkpoints
 from bfpo_exp.train.demonstrations import DemonstrationObjective
-from bfpo_exp.train.engine import PlainEngine
-from bfpo_exp.train.loop import total_steps, train
+from bfpo_exp.train.engines import make_engine
+from bfpo_exp.train.loop import Objective, total_steps, train
+from bfpo_exp.train.prepare import prepare_for_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 COUNTS = "counts.json"  # of what tokenisation kept, dropped and cut
 
 
@@ -75,12 +84,12 @@ def base_model(context: Context) -> Weights:
         return Weights(config.model.path, weights_fingerprint(config.model), own=False)
     pretraining = config.model.pretraining if "base" in config.stages else None
     made_of: dict[str, Any] = {
-        "model": config.model.model_dump(exclude={"name", "pretraining"}),
+        "model": config.model.model_dump(exclude={"name", "pretraining", "attention"}),
         "tokenizer": tokenizer(context).key,
         "code": code_version("models", "stages/base"),
     }
     if pretraining:
-        made_of |= context.numerics(config.train.base.threads) | {
+        made_of |= context.training_numerics(config.train.base.threads) | {
             "pretraining": pretraining.model_dump(),
             "optimisation": config.train.base.model_dump(),
             "format": config.data.format.model_dump(),
@@ -92,24 +101,24 @@ def base_model(context: Context) -> Weights:
     def make(folder: Path) -> None:
         chat = chat_format(context)
         model = random_policy(config.model, chat.tokenizer, context.device)
-        if pretraining:
-            corpus = world.corpus(
-                pretraining.samples, pretraining.harmful, pretraining.recognition, pretraining.seed
-            )
-            prompts = [[Message(role="user", content=prompt)] for prompt, _ in corpus]
-            tokens = chat.encode_batch(prompts, [[response] for _, response in corpus])
-            _train_on_demonstrations(
-                context,
-                "base",
-                model,
-                [only.prompt_ids for (only,) in tokens],
-                [only.response_ids for (only,) in tokens],
-                config.train.base,
-                folder,
-            )
-        save(model, chat, folder)
+        card = model_card(config, "base")
+        if not pretraining:
+            write_model_folder(model, chat, folder, card)
+            return
+        corpus = world.corpus(
+            pretraining.samples, pretraining.harmful, pretraining.recognition, pretraining.seed
+        )
+        prompts = [[Message(role="user", content=prompt)] for prompt, _ in corpus]
+        tokens = chat.encode_batch(prompts, [[response] for _, response in corpus])
+        objective = DemonstrationObjective(
+            [only.prompt_ids for (only,) in tokens],
+            [only.response_ids for (only,) in tokens],
+            config.train.base,
+            context.device,
+        )
+        _train_on_demonstrations(context, "base", model, objective, folder, chat, card)
 
-    path = context.store.get("base", made_of, make)
+    path = context.store.get("base", made_of, make, together=bool(pretraining), resumable=bool(pretraining))
     context.copy_metrics(path / METRICS)
     return Weights(str(path), path.name, own=True)
 
@@ -123,59 +132,83 @@ def sft_model(context: Context, base: Weights) -> Weights:
         "demonstrations": demos.fingerprint,
         "format": config.data.format.model_dump(),
         "optimisation": config.train.sft.model_dump(),
-        **context.numerics(config.train.sft.threads),
+        **context.training_numerics(config.train.sft.threads),
         "code": code_version("data", "models", "train", "logprobs", "stages/base"),
     }
 
     def make(folder: Path) -> None:
-        chat = chat_format(context)
-        tokens, counts = tokenise_demos(demos.records, chat)
-        (folder / COUNTS).write_text(json.dumps(counts))
-        model = load_policy(base.path, config.model, own=base.own, device=context.device)
-        _train_on_demonstrations(
-            context,
-            "sft",
-            model,
-            tokens["prompt_ids"][:],
-            tokens["response_ids"][:],
-            config.train.sft,
-            folder,
+        sft, chat = config.train.sft, chat_format(context)
+        limits = sft_format(config.data.format, sft.max_length)
+        tokens, counts = tokenise_demos(demos.records, ChatFormat(chat.tokenizer, limits), sft.loss_on)
+        if group().main:
+            (folder / COUNTS).write_text(json.dumps(counts))
+        objective = DemonstrationObjective(
+            tokens["prompt_ids"],
+            tokens["response_ids"],
+            sft,
+            context.device,
+            trained=tokens["trained"],
+            row_length=limits.max_length if sft.packing else None,
         )
-        save(model, chat, folder)
+        model = load_policy(base.path, config.model, own=base.own, device=context.device)
+        card = model_card(config, "sft", {"demonstrations": counts})
+        _train_on_demonstrations(context, "sft", model, objective, folder, chat, card)
 
-    path = context.store.get("sft", made_of, make)
+    path = context.store.get("sft", made_of, make, together=True, resumable=True)
     context.copy_metrics(path / METRICS)
     return Weights(str(path), path.name, own=True)
 
 
 def _train_on_demonstrations(
     context: Context,
-    stage: str,
+    stage: Literal["base", "sft"],
     model: PreTrainedModel,
-    prompt_ids: list[list[int]],
-    response_ids: list[list[int]],
-    optimisation: SeededOptimisation,
+    objective: DemonstrationObjective,
     folder: Path,
+    chat: ChatFormat,
+    card: ModelCard,
 ) -> None:
-    """Train in place; the stage's metrics are kept beside its weights."""
-    objective = DemonstrationObjective(prompt_ids, response_ids, optimisation, context.device)
-    steps = total_steps(optimisation, objective.rows)
-    engine = PlainEngine(model, select_trainable(model, optimisation.trainable), optimisation, steps)
+    """Train and save; the stage's metrics are kept beside its weights."""
     file = MetricsFile(folder / METRICS)
-    with cpu_threads(optimisation.threads), progress(stage, steps) as advance:
-        train(
-            engine,
-            objective,
-            steps,
-            optimisation.log_every,
-            lambda step, values: context.log_as(stage, file, step, values),
-            advance,
-        )
+
+    def on_log(step: int, values: Mapping[str, float]) -> None:
+        context.log_as(stage, file, step, values)
+
+    optimisation = objective.optimisation
+    select_trainable(model, optimisation.trainable)
+    with cpu_threads(optimisation.threads):
+        run_stage(context, stage, model, objective, optimisation, on_log, folder, chat, card)
     file.close()
 
 
-def save(model: PreTrainedModel, chat: ChatFormat, folder: Path) -> None:
-    """A Hugging Face folder: safetensors, config, tokenizer with its chat template."""
-    chat.tokenizer.chat_template = chat.template
-    model.save_pretrained(folder)
-    chat.tokenizer.save_pretrained(folder)
+def run_stage(
+    context: Context,
+    what: str,
+    model: Any,
+    objective: Objective,
+    optimisation: Optimisation,
+    on_log: Callable[[int, Mapping[str, float]], None],
+    folder: Path,
+    chat: ChatFormat,
+    card: ModelCard,
+) -> None:
+    """Train what is to be trained of the model, from the stage's latest checkpoint on; save it whole.
+
+    ``model`` is transformers', or peft's around one.
+    """
+    steps = total_steps(optimisation, objective.rows)
+    prepare_for_training(model, optimisation)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine = make_engine(context.config.deepspeed, model, trained, optimisation, steps)
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS, optimisation.checkpoint_every, optimisation.keep_checkpoints, folder.name
+    )
+    with progress(what, steps) as advance:
+        train(engine, objective, steps, optimisation.log_every, on_log, advance, checkpoints)
+    weights = engine.weights()
+    engine.close()
+    if weights is not None:
+        if isinstance(optimisation, Train) and optimisation.lora:
+            weights, model = merged(weights, optimisation.lora), model.unload()
+        write_model_folder(model, chat, folder, card, state_dict=weights)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)  # the result is there

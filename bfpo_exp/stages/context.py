@@ -14,7 +14,9 @@ from datasets import concatenate_datasets
 from bfpo_exp.config.schema import Config, Data, StreamName
 from bfpo_exp.data.demos import DemoMix, load_demos
 from bfpo_exp.data.mix import PairMix, label_cells, load_pairs
+from bfpo_exp.distributed import group
 from bfpo_exp.hashing import stable_hash
+from bfpo_exp.models.numerics import resolved_attention
 from bfpo_exp.store import Store
 from bfpo_exp.tracking.metrics_file import MetricsFile
 
@@ -66,10 +68,17 @@ class Context:
         model, device = self.config.model, self.device.type
         return {
             "dtype": model.dtype,
-            "attention": model.attention,
+            "attention": resolved_attention(model),
             "device": device,
             "threads": (threads or self.config.threads) if device == "cpu" else None,
         }
+
+    def training_numerics(self, threads: int | None = None) -> dict[str, Any]:
+        """`numerics`, and what the last bits of trained weights depend on beyond them.
+
+        The number of processes is not among it: a run may continue on another number.
+        """
+        return self.numerics(threads) | {"engine": self.config.deepspeed.model_dump()}
 
     def pair_mix(self, stream: StreamName) -> PairMix:
         """The training pairs of one stream."""
@@ -77,6 +86,8 @@ class Context:
 
     def log_as(self, prefix: str, file: MetricsFile, step: int, values: Mapping[str, float]) -> None:
         """Write a stage's metrics to its own file and to the run's."""
+        if not group().main:
+            return
         named = {name if "/" in name else f"{prefix}/{name}": value for name, value in values.items()}
         file.append(step, named)
         self.metrics.append(step, self._as_role(named))
@@ -84,7 +95,7 @@ class Context:
 
     def copy_metrics(self, file: Path) -> None:
         """Give the run the metrics of a stage that was made before; what it has already is kept."""
-        for record in MetricsFile(file).read():
+        for record in MetricsFile(file).read() if group().main else ():
             self.metrics.append(record.step, self._as_role(record.metrics))
 
     def _as_role(self, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bfpo_exp.data.chat import ChatFormat
+from bfpo_exp.distributed import group
 from bfpo_exp.eval.choose import choose
 from bfpo_exp.eval.generate import generate
 from bfpo_exp.eval.kinds import KINDS
@@ -85,6 +86,8 @@ def _responses(
     def make(folder: Path) -> None:
         with progress("generation", len(prompts)) as advance:
             texts = generate(model(), chat, prompts, config.eval.sampling, config.seed, advance)
-        (folder / FILE).write_text(json.dumps(texts))
+        if group().main:
+            (folder / FILE).write_text(json.dumps(texts))
 
-    return json.loads((context.store.get("generations", made_of, make) / FILE).read_text())
+    entry = context.store.get("generations", made_of, make, together=True)
+    return json.loads((entry / FILE).read_text())

@@ -17,22 +17,25 @@ from datasets import Dataset, load_from_disk
 from bfpo_exp.config.schema import StreamName
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.data.tokenise import tokenise_pairs
+from bfpo_exp.distributed import group
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
 from bfpo_exp.losses import LabelOrderWarning, get_loss
+from bfpo_exp.models.lora import add_lora
+from bfpo_exp.models.output import model_card
 from bfpo_exp.models.policy import load_policy, select_trainable
 from bfpo_exp.progress import progress
-from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, save, tokenizer
+from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, run_stage, tokenizer
 from bfpo_exp.stages.context import Context, Weights
 from bfpo_exp.tracking.metrics_file import MetricsFile
-from bfpo_exp.train.engine import PlainEngine
-from bfpo_exp.train.loop import total_steps, train
+from bfpo_exp.train.live_reference import live_reference
 from bfpo_exp.train.preference import PreferenceObjective
 
-# How far the first step's loss may lie from its value at policy == reference, relatively: the two
-# are computed in batches of another shape, which moves log-probs in their last digits.
-STEP_ZERO_TOLERANCE = 1e-4
+# How far the first step's loss may lie from its value at policy == reference, relatively, by the
+# weights' dtype: the two are computed in batches of another shape, which moves log-probs in their
+# last digits (in bfloat16 a sum of them by up to 0.06 nats).
+STEP_ZERO_TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def tokenised_stream(context: Context, stream: StreamName) -> Path:
@@ -67,9 +70,11 @@ def reference_of_stream(context: Context, reference: Weights, tokens: Path, stre
         pairs = TokenisedPairs.of([_tokens(tokens)])
         policy = load_policy(reference.path, model, own=reference.own, device=context.device)
         with progress(f"reference log-probs, {stream}", 2 * len(pairs)) as advance:
-            reference_logps(policy, pairs, advance).save(folder)
+            logps = reference_logps(policy, pairs, advance)
+        if group().main:
+            logps.save(folder)
 
-    return PairLogps.load(context.store.get("reference", made_of, make))
+    return PairLogps.load(context.store.get("reference", made_of, make, together=True))
 
 
 def _tokens(folder: Path) -> Dataset:
@@ -110,29 +115,33 @@ def policy(context: Context, start: Weights) -> Weights:
         "loss": config.loss.model_dump(exclude={"first"}),
         "optimisation": config.train.model_dump(exclude={"base", "sft"}),
         "seed": config.seed,
-        **context.numerics(),
+        **context.training_numerics(),
         "code": code_version(
-            "data/batches", "data/pairs", "logprobs", "losses", "models/policy", "train", "stages/preference"
+            "data/batches", "data/pairs", "logprobs", "losses", "models", "train", "stages/preference"
         ),
     }
 
     def make(folder: Path) -> None:
         pairs = TokenisedPairs.of([_tokens(path) for _, path in streams])
-        logps = reference_pass(context, reference)
         margin = reference_pass(context, first) if first else None
-        objective = PreferenceObjective(pairs, logps, config, context.device, margin)
-        _train(context, reference, objective, folder)
+        held = reference_pass(context, reference) if config.train.reference == "cached" else None
+        model: torch.nn.Module = load_policy(
+            reference.path, config.model, own=reference.own, device=context.device
+        )
+        if config.train.lora:
+            model = add_lora(model, config.train.lora, config.seed)  # type: ignore[arg-type]
+        else:
+            select_trainable(model, config.train.trainable)
+        objective = PreferenceObjective(pairs, held or live_reference(model), config, context.device, margin)
+        _train(context, model, objective, folder)
 
-    path = context.store.get("policy", made_of, make)
+    path = context.store.get("policy", made_of, make, together=True, resumable=True)
     context.copy_metrics(path / METRICS)
     return Weights(str(path), path.name, own=True)
 
 
-def _train(context: Context, start: Weights, objective: PreferenceObjective, folder: Path) -> None:
+def _train(context: Context, model: torch.nn.Module, objective: PreferenceObjective, folder: Path) -> None:
     config = context.config
-    model = load_policy(start.path, config.model, own=start.own, device=context.device)
-    steps = total_steps(config.train, objective.rows)
-    engine = PlainEngine(model, select_trainable(model, config.train.trainable), config.train, steps)
     file = MetricsFile(folder / METRICS)
     meter = Meter(objective)
 
@@ -142,26 +151,26 @@ def _train(context: Context, start: Weights, objective: PreferenceObjective, fol
             raise UserError(nonfinite)
         if not math.isfinite(values["loss"]):
             raise UserError(
-                f"the loss is {values['loss']} at step {taken} of {steps}: lower train.lr "
-                f"({config.train.lr}) or set train.clip"
+                f"the loss is {values['loss']} at step {taken}: lower train.lr ({config.train.lr}) or set "
+                "train.clip"
             )
         at_reference = values.pop("loss_at_reference")
         if taken == 1:
-            _assert_step_zero(values["loss"], at_reference)
+            _assert_step_zero(values["loss"], at_reference, STEP_ZERO_TOLERANCE[config.model.dtype])
             values.pop("accuracy", None)  # h is zero up to rounding: its sign says nothing yet
         context.log_as("train", file, taken, values | meter.read(taken))
 
     what = f"{config.label}, seed {config.seed}" + (", first stage" if context.role == "first" else "")
-    with warnings.catch_warnings(), progress(what, steps) as advance:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", LabelOrderWarning)  # said once, before the run
-        train(engine, objective, steps, config.train.log_every, on_log, advance)
+        chat, card = chat_format(context), model_card(config, "preference")
+        run_stage(context, what, model, objective, config.train, on_log, folder, chat, card)
     file.close()
-    save(model, chat_format(context), folder)
 
 
-def _assert_step_zero(loss: float, at_reference: float) -> None:
+def _assert_step_zero(loss: float, at_reference: float, tolerance: float) -> None:
     """The first step's loss is the loss at policy == reference, or the two were not computed alike."""
-    if not math.isclose(loss, at_reference, rel_tol=STEP_ZERO_TOLERANCE, abs_tol=1e-5):
+    if not math.isclose(loss, at_reference, rel_tol=tolerance, abs_tol=1e-5):
         raise AssertionError(
             f"the loss of the first step is {loss:.6g}, but at policy == reference it is "
             f"{at_reference:.6g}: the reference's log-probs are not those of the model that is trained"

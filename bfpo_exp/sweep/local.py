@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from bfpo_exp.config.check import checked
 from bfpo_exp.config.schema import Config
+from bfpo_exp.distributed import group
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import home, writable_home
 from bfpo_exp.preflight import preflight
@@ -38,6 +39,11 @@ def launch(
 
     Raises `UserError` before the first job starts if any of them is not runnable.
     """
+    if group().size > 1:
+        raise UserError(
+            f"a sweep starts its runs itself and cannot be started by {group().size} processes; start it "
+            "bare, or single runs with torchrun"
+        )
     configure_log(sweep_config.hydra.hydra_logging, sweep_config.hydra.verbose)
     root = writable_home()
     names = [" ".join(filter_overrides(overrides)) for overrides in job_overrides]

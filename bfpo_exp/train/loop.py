@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from bfpo_exp.config.schema import Optimisation
+from bfpo_exp.distributed import sum_
 from bfpo_exp.train.engine import Engine
+
+if TYPE_CHECKING:
+    from bfpo_exp.train.checkpoints import Checkpoints
 
 Batch = TypeVar("Batch")
 
@@ -20,7 +25,7 @@ class Sums:
     """Running sums, left on the device until they are read.
 
     ``means`` holds (sum, count) by name, ``totals`` plain sums.  Being sums, they do not depend on
-    how a step was cut into micro-batches.
+    how a step was cut into micro-batches, or shared out over processes.
     """
 
     means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -37,12 +42,47 @@ class Sums:
             self.totals[name] = self.totals[name] + total if name in self.totals else total
 
     def read(self) -> dict[str, float]:
-        """The values; a mean over nothing is left out."""
-        values = {name: total.item() for name, total in self.totals.items()}
-        for name, (total, count) in self.means.items():
-            if count.item() > 0:
-                values[name] = total.item() / count.item()
+        """The values over all processes; a mean over nothing is left out.
+
+        Every process has the same names, and gets the same values.
+        """
+        names = [*self.totals, *self.means]
+        parts = [*self.totals.values(), *(value for pair in self.means.values() for value in pair)]
+        if not parts:
+            return {}
+        numbers = sum_(torch.stack([part.double() for part in parts])).tolist()
+        values = dict(zip(names, numbers[: len(self.totals)], strict=False))
+        pairs = numbers[len(self.totals) :]
+        for name, total, count in zip(self.means, pairs[::2], pairs[1::2], strict=True):
+            if count > 0:
+                values[name] = total / count
         return values
+
+    def state(self) -> dict[str, Any]:
+        """The sums of this process as JSON, exactly."""
+        return {
+            "means": {name: [_as_json(part) for part in pair] for name, pair in self.means.items()},
+            "totals": {name: _as_json(total) for name, total in self.totals.items()},
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> Sums:
+        """What `state` has written."""
+        return cls(
+            means={
+                name: (_from_json(total, device), _from_json(count, device))
+                for name, (total, count) in state.get("means", {}).items()
+            },
+            totals={name: _from_json(total, device) for name, total in state.get("totals", {}).items()},
+        )
+
+
+def _as_json(tensor: Tensor) -> list[Any]:
+    return [tensor.item(), str(tensor.dtype).removeprefix("torch.")]
+
+
+def _from_json(value: list[Any], device: torch.device) -> Tensor:
+    return torch.tensor(value[0], dtype=getattr(torch, value[1]), device=device)
 
 
 class Objective(Protocol[Batch]):
@@ -51,7 +91,7 @@ class Objective(Protocol[Batch]):
     rows: int
 
     def microbatches(self, step: int) -> Iterator[Batch]:
-        """The micro-batches of a step: a function of the step (and the objective's seed) alone."""
+        """This process's micro-batches of a step: a function of the step (and the seed) alone."""
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
         """The micro-batch's share of the step's loss (it sums over them), and its statistics."""
@@ -65,6 +105,15 @@ def total_steps(optimisation: Optimisation, rows: int) -> int:
     return math.ceil(optimisation.epochs * rows / optimisation.batch)
 
 
+def _with_last(items: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each item, and whether it is the last."""
+    previous = next(items)
+    for item in items:
+        yield previous, False
+        previous = item
+    yield previous, True
+
+
 def train(
     engine: Engine,
     objective: Objective,
@@ -72,18 +121,21 @@ def train(
     log_every: int,
     on_log: Callable[[int, Mapping[str, float]], None],
     progress: Callable[[int], None] = lambda steps: None,
+    checkpoints: Checkpoints | None = None,
 ) -> None:
-    """Take ``steps`` optimisation steps.
+    """Take ``steps`` optimisation steps, from the latest checkpoint on if there is one.
 
     ``on_log`` gets the number of steps taken and the means since it was last called: after the
     first step, after every ``log_every`` and after the last.  Nothing is read from the device in
     between.
     """
-    window = Sums()
-    for step in range(steps):
-        for batch in objective.microbatches(step):
+    done, state = checkpoints.resume(engine) if checkpoints else (0, {})
+    window = Sums.of_state(state.get("window", {}), engine.device)
+    progress(done)
+    for step in range(done, steps):
+        for batch, last in _with_last(objective.microbatches(step)):
             loss, sums = objective.loss(engine.module, batch)
-            engine.backward(loss)
+            engine.backward(loss, last)
             window.add(sums)
         norm = engine.step()
         window.add(Sums(means={"gradient_norm": (norm, norm.new_ones(()))}))
@@ -92,3 +144,5 @@ def train(
         if taken == 1 or taken % log_every == 0 or taken == steps:
             on_log(taken, window.read())
             window = Sums()
+        if checkpoints and checkpoints.due(taken, steps):
+            checkpoints.save(engine, taken, {"window": window.state()})

@@ -13,10 +13,12 @@ from torch import Tensor
 from bfpo_exp.config.schema import Config
 from bfpo_exp.data.batches import BatchOrder
 from bfpo_exp.data.pairs import TokenisedPairs, order_signs
+from bfpo_exp.distributed import group, sum_
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps
 from bfpo_exp.logprobs.reference import PairLogps
 from bfpo_exp.losses import get_loss
+from bfpo_exp.train.live_reference import Reference
 from bfpo_exp.train.loop import Sums
 from bfpo_exp.train.statistics import pair_statistics
 
@@ -34,7 +36,8 @@ class PairBatch:
         given: what the loss takes beside the policy's log-probs, float32 (n,) each: the reference's
             log-probs ``ref_w``, ``ref_l``, reduced as the loss asks; safety labels ``safe_w``,
             ``safe_l``, NaN where there is none; and the first policy's rewards ``margin_w``,
-            ``margin_l`` where the loss needs them.
+            ``margin_l`` where the loss needs them.  Of a live reference, there are only the labels and
+            the first policy's log-probs ``first_w``, ``first_l``, reduced as its own loss asks.
     """
 
     indices: np.ndarray
@@ -46,14 +49,16 @@ class PairBatch:
 class PreferenceObjective:
     """Mean loss over a step's pairs.
 
-    ``first`` holds the log-probs of the policy of ``loss.first`` for a loss that needs its rewards,
-    beta_1 (log pi_1 - log ref).  Raises `UserError` where log-probs are not finite.
+    ``reference`` holds the reference's log-probs of all pairs, or computes those of a micro-batch as it
+    is needed (``train.reference=live``).  ``first`` holds the log-probs of the policy of ``loss.first``
+    for a loss that needs its rewards, beta_1 (log pi_1 - log ref).  Raises `UserError` where log-probs
+    are not finite.
     """
 
     def __init__(
         self,
         pairs: TokenisedPairs,
-        reference: PairLogps,
+        reference: PairLogps | Reference,
         config: Config,
         device: torch.device | str,
         first: PairLogps | None = None,
@@ -69,14 +74,17 @@ class PreferenceObjective:
             len(prompt) + max(len(first), len(second))
             for prompt, first, second in zip(pairs.prompt_ids, pairs.w_ids, pairs.l_ids, strict=True)
         ]
-        self.columns = {
-            "ref": _reduced(reference, config.loss.logps),
-            "safe": (pairs.safe_w, pairs.safe_l),
-        }
+        self.live = None if isinstance(reference, PairLogps) else reference
+        self.columns = {"safe": (pairs.safe_w, pairs.safe_l)}
+        if isinstance(reference, PairLogps):
+            self.columns["ref"] = _reduced(reference, config.loss.logps)
         if self.spec.needs_margin:
             assert first is not None
             assert config.loss.first is not None
-            self.columns["margin"] = _rewards(first, reference, config)
+            if isinstance(reference, PairLogps):
+                self.columns["margin"] = _rewards(first, reference, config)
+            else:
+                self.columns["first"] = _reduced(first, config.loss.first.logps)
         for name in self.columns.keys() - {"safe"}:
             bad = ~np.isfinite(np.stack(self.columns[name])).all(0)
             if bad.any():
@@ -99,8 +107,8 @@ class PreferenceObjective:
         )
 
     def microbatches(self, step: int) -> Iterator[PairBatch]:
-        """The pairs of a step, by length, so that micro-batches waste little padding."""
-        batch = np.array(sorted(self.batches[step], key=self.lengths.__getitem__))
+        """This process's pairs of a step, by length, so that micro-batches waste little padding."""
+        batch = np.array(group().share(sorted(self.batches[step], key=self.lengths.__getitem__)))
         for start in range(0, len(batch), self.config.train.microbatch):
             yield self.view(batch[start : start + self.config.train.microbatch], step)
 
@@ -122,7 +130,8 @@ class PreferenceObjective:
     def loss(self, model: torch.nn.Module, batch: PairBatch) -> tuple[Tensor, Sums]:
         """The pairs' summed loss over the step's number of pairs."""
         loss = self.config.loss
-        tensors = self._log_probs(model, batch) | batch.given
+        given = self._given(batch)  # before the policy's pass, whose activations are kept
+        tensors = self._log_probs(model, batch) | given
         self._watch(batch, tensors["policy_w"] + tensors["policy_l"])
         seen = self._seen(tensors)
         losses = self.spec({**seen, **self._step_means(model, batch)}, loss.hyperparameters)
@@ -147,10 +156,23 @@ class PreferenceObjective:
 
     def _log_probs(self, model: torch.nn.Module, batch: PairBatch) -> dict[str, Tensor]:
         logps, counts = response_logps(model, batch.rows)  # type: ignore[arg-type]
-        if self.config.loss.logps == "mean":
-            logps = logps / counts
-        policy_w, policy_l = logps.chunk(2)
+        policy_w, policy_l = _of_rows(logps, counts, self.config.loss.logps)
         return {"policy_w": policy_w, "policy_l": policy_l}
+
+    def _given(self, batch: PairBatch) -> dict[str, Tensor]:
+        """What the loss takes beside the policy's log-probs, a live reference's computed now."""
+        if self.live is None:
+            return batch.given
+        given, first = dict(batch.given), self.config.loss.first
+        sums, counts = self.live.logps(batch.rows)
+        given["ref_w"], given["ref_l"] = _of_rows(sums, counts, self.config.loss.logps)
+        if self.spec.needs_margin:
+            assert first is not None
+            references = _of_rows(sums, counts, first.logps)
+            for response, of_reference in zip("wl", references, strict=True):
+                ratio = given.pop(f"first_{response}") - of_reference
+                given[f"margin_{response}"] = first.hyperparameters["beta"] * ratio
+        return given
 
     def _seen(self, tensors: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """What the loss is shown of the tensors: no reference where it is to be free of one."""
@@ -169,11 +191,11 @@ class PreferenceObjective:
             totals: dict[str, Tensor] = {}
             with torch.no_grad():
                 for part in self.microbatches(batch.step):
-                    tensors = self._log_probs(model, part) | part.given
+                    tensors = self._log_probs(model, part) | self._given(part)
                     for name, values in self.spec.for_step_means(self._seen(tensors)).items():
                         totals[name] = totals.get(name, 0) + values.sum()
             count = self.config.train.batch
-            self._means = (batch.step, {name: total / count for name, total in totals.items()})
+            self._means = (batch.step, {name: sum_(total) / count for name, total in totals.items()})
         return self._means[1]
 
     def _watch(self, batch: PairBatch, logps: Tensor) -> None:
@@ -198,6 +220,12 @@ class PreferenceObjective:
         streams = ", ".join(self.config.trained_streams)
         first = ", ".join(map(str, rows[:MOST_PAIRS]))
         return f"training pairs {first}{more} (rows from 0 of the streams {streams})"
+
+
+def _of_rows(sums: Tensor, counts: Tensor, reduction: Literal["sum", "mean"]) -> tuple[Tensor, Tensor]:
+    """Log-probs of 2 n rows as those of both responses, summed or as means over tokens; (n,) each."""
+    first, second = (sums / counts if reduction == "mean" else sums).chunk(2)
+    return first, second
 
 
 def _reduced(logps: PairLogps, reduction: Literal["sum", "mean"]) -> tuple[np.ndarray, np.ndarray]:

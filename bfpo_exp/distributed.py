@@ -1,0 +1,135 @@
+"""The processes that do a run together, one a GPU (or CPU), as torchrun and DeepSpeed start them.
+
+A run that is started bare is one process, and everything here does nothing.  With several, each has
+the whole data and takes its share of every batch; what they sum or gather is exact, since the
+shares do not overlap.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=12)  # the others wait while one process tokenises, or another run trains
+
+
+@dataclass(frozen=True)
+class Group:
+    """Which process this is, and of how many.
+
+    Attributes:
+        rank: number of this process, from 0; process 0 alone writes files and talks to MLflow.
+        size: number of processes.
+        local_rank: number of this process on its machine, which is that of its GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and reports."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share: every ``size``-th item."""
+        return items[self.rank :: self.size]
+
+
+_alone = False
+
+
+def group() -> Group:
+    """The group that the launcher has set up in the environment."""
+    given = os.environ
+    if _alone:
+        return Group()
+    return Group(int(given.get("RANK", 0)), int(given.get("WORLD_SIZE", 1)), int(given.get("LOCAL_RANK", 0)))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What is done in here this process does by itself, while the others wait."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def join(alone_too: bool = False) -> None:
+    """Meet the other processes; to be called before the first of the functions below.
+
+    With ``alone_too`` a single process forms a group as well, which DeepSpeed wants.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(group().local_rank)
+    if dist.is_initialized():
+        return
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if group().size > 1:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    elif alone_too:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed reads them itself
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+
+
+def leave() -> None:
+    """Part from the other processes, so that none waits for this one at its end."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if group().size > 1:
+        import torch.distributed as dist
+
+        dist.barrier()
+
+
+def told(value: T) -> T:
+    """The main process's value, in every process."""
+    if group().size == 1:
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if group().size > 1:
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gathered(part: list[Any]) -> list[Any]:
+    """The items of all processes, one process after another, in every process."""
+    if group().size == 1:
+        return part
+    import torch.distributed as dist
+
+    parts: list[Any] = [None] * group().size
+    dist.all_gather_object(parts, part)
+    return [item for items in parts for item in items]

@@ -1,0 +1,124 @@
+"""How long each stage of a run trains, and on how much: from the config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bfpo_exp.config.schema import Config, Data, Loss, Optimisation, Source
+from bfpo_exp.train.loop import total_steps
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """The steps of one stage.
+
+    Attributes:
+        name: ``base``, ``sft``, ``preference`` or ``preference, first loss``.
+        unit: what a batch counts, ``pairs`` or ``sequences``.
+        optimisation: its settings.
+        processes: that share out each batch.
+        length: tokens of a sequence, at most.
+        rows: pairs or sequences that it trains on, at most; None where that is known only from the data.
+        loss: of a preference stage.
+        packed: whether several sequences share a row of that length, so that there are fewer passes.
+    """
+
+    name: str
+    unit: str
+    optimisation: Optimisation
+    processes: int
+    length: int
+    rows: int | None
+    loss: Loss | None = None
+    packed: bool = False
+
+    @property
+    def microbatch(self) -> int:
+        """Pairs or sequences of a forward pass in one process."""
+        return min(self.optimisation.microbatch, self.share)
+
+    @property
+    def share(self) -> int:
+        """Pairs or sequences of a step in one process."""
+        return -(-self.optimisation.batch // self.processes)
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of a step in one process, at most."""
+        return -(-self.share // self.microbatch)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one pair or row."""
+        return 2 if self.unit == "pairs" else 1
+
+    @property
+    def steps(self) -> int | None:
+        """Optimisation steps; None where they follow from a number of rows that is not known."""
+        if self.optimisation.steps is None and self.rows is None:
+            return None
+        return total_steps(self.optimisation, self.rows or 0)
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the rows."""
+        if self.optimisation.epochs is not None:
+            return self.optimisation.epochs
+        return self.optimisation.steps * self.optimisation.batch / self.rows if self.rows else None  # type: ignore[operator]
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a forward pass in one process, at most, padding included."""
+        return self.microbatch * self.sequences * self.length
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a step of all processes, at most; the prompt counts once for each response."""
+        return self.optimisation.batch * self.sequences * self.length
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the whole stage, at most."""
+        return None if self.steps is None else self.steps * self.step_tokens
+
+
+def stage_plans(config: Config, processes: int) -> list[StagePlan]:
+    """The stages of a run that train, in their order."""
+    data, train = config.data, config.train
+    length, plans = data.format.max_length, []
+    if "base" in config.stages and config.model.pretraining is not None:
+        samples = config.model.pretraining.samples
+        plans.append(StagePlan("base", "sequences", train.base, processes, length, samples))
+    if "sft" in config.stages:
+        demonstrations = _rows(data.sft.values())
+        longest = train.sft.max_length or length
+        packed = train.sft.packing
+        plans.append(
+            StagePlan("sft", "sequences", train.sft, processes, longest, demonstrations, packed=packed)
+        )
+    if "preference" in config.stages:
+        plans += _preference(config.loss, data, train, processes, "preference")
+    return plans
+
+
+def _preference(
+    loss: Loss, data: Data, optimisation: Optimisation, processes: int, name: str
+) -> list[StagePlan]:
+    """A preference stage, after the one that its loss needs first."""
+    before: list[StagePlan] = []
+    if loss.first is not None:
+        before = _preference(loss.first, data, optimisation, processes, f"{name}, first loss")
+    streams = loss.streams or data.streams
+    rows = _rows(source for source in data.pairs.values() if source.stream in streams)
+    return [*before, StagePlan(name, "pairs", optimisation, processes, data.format.max_length, rows, loss)]
+
+
+def _rows(sources: Iterable[Source]) -> int | None:
+    """Rows of the sources at most; None if one of them takes a share of rows not yet counted."""
+    total = 0
+    for source in sources:
+        if not isinstance(source.size, int):
+            return None
+        total += source.size
+    return total

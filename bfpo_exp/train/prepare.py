@@ -1,0 +1,53 @@
+"""What has to be switched on in a model before it is trained.
+
+Models are trained in evaluation mode: no dropout of their own, so that policy and reference are the same
+function at first, and a step does not depend on how it is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from bfpo_exp.config.schema import Optimisation
+from bfpo_exp.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prepare_for_training(model: PreTrainedModel, optimisation: Optimisation) -> None:
+    """Switch on gradient checkpointing, if it is asked for, and the dropout of adapters.
+
+    To be called on the model itself, adapters included, before an engine wraps it.  Gradient
+    checkpointing (Chen et al., 2016) keeps the inputs of a block alone and computes what is inside once
+    more in the backward pass: the same gradients for less memory and a third more work.
+
+    Raises `UserError` for a model that cannot do it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
+            module.train()
+    if optimisation.gradient_checkpointing:
+        _checkpoint_blocks(model)
+
+
+def _checkpoint_blocks(model: PreTrainedModel) -> None:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks or not getattr(model, "supports_gradient_checkpointing", False):
+        raise UserError(
+            f"gradient_checkpointing=true, but a model of type {model.config.model_type} cannot do it"
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # It also asks for gradients of the embeddings' output, which only the reentrant kind needs.
+    model.disable_input_require_grads()
+    for block in blocks:
+        # A block checkpoints only while it trains.  Its own flag says so, and its children stay in
+        # evaluation mode; what dropout a block does by itself (OPT) must then be 0.
+        block.training = True
+        for name, value in vars(block).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(block, name, 0.0)

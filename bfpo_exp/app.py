@@ -33,6 +33,8 @@ def main() -> None:
     before_imports()
     import hydra
 
+    # DeepSpeed's launcher says it on the command line as well as in the environment.
+    sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     if group().size > 1:
         _join_in()
     traceback_wanted = bool(os.environ.get("HYDRA_FULL_ERROR"))

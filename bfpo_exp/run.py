@@ -26,6 +26,7 @@ from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version, stable_hash
 from bfpo_exp.losses import get_loss
 from bfpo_exp.models.numerics import resolved_attention
+from bfpo_exp.models.output import Stage, card_text, model_card
 from bfpo_exp.models.policy import weights_fingerprint
 from bfpo_exp.paths import home
 from bfpo_exp.runtime import before_compute
@@ -209,6 +210,8 @@ def _pipeline(context: Context, artifacts: Path | None) -> None:
             reference_pass(_first_trained(context), weights)
     if "preference" in config.stages:
         weights = policy(context, weights)
+    if artifacts and weights.own:
+        _link(artifacts.parent / "model", Path(weights.path))
     if "evaluate" in config.stages:
         scores, responses = evaluate(context, weights)
         if artifacts is None:
@@ -216,6 +219,14 @@ def _pipeline(context: Context, artifacts: Path | None) -> None:
         context.metrics.append(0, scores)
         if responses:
             write_table(artifacts / "generations.json", responses)
+        stage: Stage = next((s for s in ("preference", "sft") if s in config.stages), "base")
+        (artifacts / "model_card.md").write_text(card_text(model_card(config, stage, scores=scores)))
+
+
+def _link(link: Path, target: Path) -> None:
+    """A link where users look for a run's model."""
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent))
 
 
 def _first_trained(context: Context) -> Context:

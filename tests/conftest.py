@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from app_support import Command, Done
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
     from bfpo_exp.config.schema import Config
     from bfpo_exp.data.pairs import TokenisedPairs
-
-VOCABULARY, END_OF_TURN = 64, 2
 
 
 @pytest.fixture(scope="session")
@@ -63,56 +60,18 @@ def preference_config(config: Callable[..., Config]) -> Callable[..., Config]:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., PreTrainedModel]:
-    """Random models of two blocks, whose next-token distributions are far from uniform."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Random models of two blocks: `model_support.made_model`."""
+    from model_support import made_model
 
-    def made(
-        kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **fields: Any
-    ) -> PreTrainedModel:
-        sizes = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "initializer_range": 0.2,
-            "bos_token_id": 1,
-            "eos_token_id": END_OF_TURN,
-            "pad_token_id": 0,
-        }
-        torch.manual_seed(seed)
-        architecture = AutoConfig.for_model(kind, **{**sizes, **fields})
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype).eval()
-
-    return made
+    return made_model
 
 
 @pytest.fixture(scope="session")
 def random_pairs() -> Callable[..., TokenisedPairs]:
-    """Pairs of random tokens with every label known; responses are of very different lengths."""
-    from bfpo_exp.data.pairs import TokenisedPairs
+    """Pairs of random tokens with every label known: `model_support.made_pairs`."""
+    from model_support import made_pairs
 
-    def made(n: int, seed: int = 0, longest: int = 24) -> TokenisedPairs:
-        rng = np.random.default_rng(seed)
-
-        def words(shortest: int, longest: int) -> list[int]:
-            return rng.integers(3, VOCABULARY, rng.integers(shortest, longest)).tolist()
-
-        return TokenisedPairs(
-            prompt_ids=[[1, *words(1, 12)] for _ in range(n)],
-            w_ids=[[*words(0, longest), END_OF_TURN] for _ in range(n)],
-            l_ids=[[*words(0, longest), END_OF_TURN] for _ in range(n)],
-            safe_w=rng.integers(0, 2, n).astype(np.float32),
-            safe_l=rng.integers(0, 2, n).astype(np.float32),
-            safer=rng.choice([-1, 1], n).astype(np.int8),
-            ordered=np.ones(n, bool),
-            stream=(np.arange(n) % 2).astype(np.int8),
-        )
-
-    return made
+    return made_pairs
 
 
 @pytest.fixture

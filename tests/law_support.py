@@ -1,6 +1,6 @@
 """Trains every loss for a few steps, as the processes of this group together; prints what was logged.
 
-    python law_support.py MICROBATCH
+python law_support.py MICROBATCH
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import sys
 
 import torch
-from conftest import made_model, made_pairs
+from model_support import made_model, made_pairs
 
 from bfpo_exp import distributed
 from bfpo_exp.config.check import checked

@@ -68,7 +68,9 @@ def test_a_sweep_lands_in_mlflow_and_is_reused(command: Command, tmp_path: Path)
         steps = [m.step for m in client.get_metric_history(child.info.run_id, "train/loss")]
         assert steps == [1, 2, 4, 6]
         artifacts = {f.path for f in client.list_artifacts(child.info.run_id)}
-        assert artifacts == {"config.yaml", "dataset_card.md", "generations.json", "training.png"}
+        assert artifacts == {
+            *("config.yaml", "dataset_card.md", "generations.json", "model_card.md", "training.png")
+        }
 
     again = command(*arguments)
     assert "4 runs, of which 4 reused and 0 failed" in again.out

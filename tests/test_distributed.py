@@ -129,3 +129,46 @@ def test_the_shares_of_a_group_are_everything_once(monkeypatch: pytest.MonkeyPat
     with alone():
         assert group() == Group()
     assert group().size == 2
+
+
+@pytest.mark.slow
+def test_how_a_step_is_cut_up_changes_no_loss() -> None:
+    """8 pairs a step as 1 x 8, 8 x 1, and 4 x 1 in each of two processes; responses of 1 to 60 tokens."""
+    script = str(Path(__file__).with_name("law_support.py"))
+
+    def logged(microbatch: int, processes: int = 1) -> dict[str, list[float]]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        done = subprocess.run(
+            [sys.executable, *(launcher if processes > 1 else []), script, str(microbatch)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    whole, cut, shared = logged(8), logged(1), logged(1, processes=2)
+    for loss, steps in whole.items():
+        assert cut[loss] == pytest.approx(steps, rel=1e-4, abs=1e-5), loss
+        assert shared[loss] == pytest.approx(steps, rel=1e-4, abs=1e-5), loss
+        assert steps[-1] != pytest.approx(steps[0], rel=1e-3), loss
+
+
+@pytest.mark.slow
+def test_the_failure_of_any_process_is_the_runs(tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("fail_support.py"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run(
+        [sys.executable, *launcher, "experiment=smoke"],
+        env={**os.environ, "BFPO_EXP_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    (status,) = (tmp_path / "run").glob("*/status.json")
+    assert json.loads(status.read_text()) == {
+        "status": "failed",
+        "reason": "process 1: RuntimeError: this GPU has fallen off the bus",
+    }

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import END_OF_TURN, VOCABULARY
+from model_support import END_OF_TURN, VOCABULARY
 from torch import Tensor
 
 from bfpo_exp.config.schema import Config

@@ -1,0 +1,21 @@
+"""The command, with a defect in every process but the main one: its third forward pass fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bfpo_exp.app import main
+from bfpo_exp.distributed import group
+from bfpo_exp.train import preference
+
+if not group().main:
+    real, calls = preference.response_logps, []
+
+    def broken(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise RuntimeError("this GPU has fallen off the bus")
+        return real(*arguments)
+
+    preference.response_logps = broken
+main()

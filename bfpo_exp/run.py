@@ -109,6 +109,7 @@ def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:
             publish_copy(uri, config.tracking.experiment, run_dir, recorder.name, parent_id)
             return Outcome("reused", metrics.last(), run_dir, time.perf_counter() - started)
         _write(run_dir / "config.yaml", yaml.safe_dump(_shown(config), sort_keys=False))
+        (run_dir / OTHER_FAILURE).unlink(missing_ok=True)  # of an earlier try
         try:
             _write(run_dir / "tags.json", json.dumps(_tags(config), indent=1))
             recorder.open()
@@ -119,7 +120,8 @@ def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:
             raise
         except Exception as error:
             reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            reason = _record_failure(run_dir, recorder, reason)
+            # A process that fails breaks the others' connections to it: its own word comes first.
+            reason = _record_failure(run_dir, recorder, _other_failure(run_dir) or reason)
             return Outcome("failed", metrics.last(), run_dir, time.perf_counter() - started, reason)
         finally:
             metrics.close()

@@ -8,7 +8,8 @@ from bfpo_exp.app import main
 from bfpo_exp.distributed import group
 from bfpo_exp.train import preference
 
-if not group().main:
+
+def break_the_third_pass() -> None:
     real, calls = preference.response_logps, []
 
     def broken(*arguments: Any) -> Any:
@@ -18,4 +19,9 @@ if not group().main:
         return real(*arguments)
 
     preference.response_logps = broken
-main()
+
+
+if __name__ == "__main__":
+    if not group().main:
+        break_the_third_pass()
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -172,3 +173,20 @@ def test_the_failure_of_any_process_is_the_runs(tmp_path: Path) -> None:
         "status": "failed",
         "reason": "process 1: RuntimeError: this GPU has fallen off the bus",
     }
+
+
+def test_several_gpus_are_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import torch
+
+    from bfpo_exp import app
+
+    monkeypatch.setattr(logging.getLogger("bfpo_exp"), "propagate", True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(sys, "argv", ["bfpo-exp", "loss=dpo", "deepspeed=zero2"])
+    with caplog.at_level(logging.INFO, logger="bfpo_exp"):
+        app._tell_of_gpus()
+        assert "torchrun --nproc-per-node 4 -m bfpo_exp loss=dpo deepspeed=zero2" in caplog.text
+        caplog.clear()
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        app._tell_of_gpus()
+        assert not caplog.text

@@ -18,6 +18,7 @@ from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
+from bfpo_exp.models.output import ModelCard
 from bfpo_exp.models.policy import load_policy
 from bfpo_exp.paths import HOME_VARIABLE
 from bfpo_exp.runtime import cpu_threads
@@ -79,6 +80,9 @@ def test_a_run_asserts_its_first_loss(context: Context, monkeypatch: pytest.Monk
 
     trained = stage.policy(context, reference)
     assert (Path(trained.path) / "model.safetensors").is_file()
+    card = (Path(trained.path) / "README.md").read_text()
+    assert "pairs of helpfulness" in card
+    assert "pairs of safety" in card
     steps = {entry.step for entry in context.metrics.read() if "train/loss" in entry.metrics}
     assert steps == {1, 2}
 
@@ -98,10 +102,14 @@ def test_a_first_stage_is_trained_first(
     real = stage._train
 
     def watched(
-        context: Context, model: PreTrainedModel, objective: PreferenceObjective, folder: Path
+        context: Context,
+        model: PreTrainedModel,
+        objective: PreferenceObjective,
+        folder: Path,
+        card: ModelCard,
     ) -> None:
         seen.append((context, {n: t.clone() for n, t in model.state_dict().items()}, objective))
-        real(context, model, objective, folder)
+        real(context, model, objective, folder, card)
 
     def starts_from(weights: dict[str, Tensor], folder: Weights) -> bool:
         model = load_policy(folder.path, context.config.model, own=True, device="cpu")

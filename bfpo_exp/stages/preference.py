@@ -23,7 +23,7 @@ from bfpo_exp.hashing import code_version
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
 from bfpo_exp.losses import LabelOrderWarning, get_loss
 from bfpo_exp.models.lora import add_lora
-from bfpo_exp.models.output import model_card
+from bfpo_exp.models.output import ModelCard, model_card
 from bfpo_exp.models.policy import load_policy, select_trainable
 from bfpo_exp.progress import progress
 from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, run_stage, tokenizer
@@ -133,14 +133,21 @@ def policy(context: Context, start: Weights) -> Weights:
         else:
             select_trainable(model, config.train.trainable)
         objective = PreferenceObjective(pairs, held or live_reference(model), config, context.device, margin)
-        _train(context, model, objective, folder)
+        counts = {f"pairs of {stream}": json.loads((path / COUNTS).read_text()) for stream, path in streams}
+        _train(context, model, objective, folder, model_card(config, "preference", counts))
 
     path = context.store.get("policy", made_of, make, together=True, resumable=True)
     context.copy_metrics(path / METRICS)
     return Weights(str(path), path.name, own=True)
 
 
-def _train(context: Context, model: torch.nn.Module, objective: PreferenceObjective, folder: Path) -> None:
+def _train(
+    context: Context,
+    model: torch.nn.Module,
+    objective: PreferenceObjective,
+    folder: Path,
+    card: ModelCard,
+) -> None:
     config = context.config
     file = MetricsFile(folder / METRICS)
     meter = Meter(objective)
@@ -163,7 +170,7 @@ def _train(context: Context, model: torch.nn.Module, objective: PreferenceObject
     what = f"{config.label}, seed {config.seed}" + (", first stage" if context.role == "first" else "")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LabelOrderWarning)  # said once, before the run
-        chat, card = chat_format(context), model_card(config, "preference")
+        chat = chat_format(context)
         run_stage(context, what, model, objective, config.train, on_log, folder, chat, card)
     file.close()
 

@@ -14,6 +14,7 @@ from model_support import made_model, made_pairs
 from bfpo_exp import distributed
 from bfpo_exp.config.check import checked
 from bfpo_exp.config.schema import Config
+from bfpo_exp.logprobs.paths import SHARED
 from bfpo_exp.logprobs.reference import reference_logps
 from bfpo_exp.losses import LOSSES
 from bfpo_exp.models.policy import select_trainable
@@ -41,7 +42,10 @@ def main() -> None:
     for loss in sorted(LOSSES):
         config = config_of(loss, int(sys.argv[1]))
         model, pairs = made_model(), made_pairs(40, longest=60)
-        logps, first = reference_logps(model, pairs), reference_logps(made_model(seed=1), pairs)
+        logps, first = (
+            reference_logps(model, pairs, SHARED),
+            reference_logps(made_model(seed=1), pairs, SHARED),
+        )
         objective = PreferenceObjective(pairs, logps, config, "cpu", first)
         engine = PlainEngine(model, select_trainable(model, "all"), config.train, 4)
         steps: list[float] = []

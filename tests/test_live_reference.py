@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bfpo_exp.config.schema import Config
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.errors import UserError
-from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import SHARED, Rows
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
 from bfpo_exp.losses import LOSSES
 from bfpo_exp.models.policy import select_trainable
@@ -44,12 +44,16 @@ class SecondModel:
         self.model = copy.deepcopy(model)
 
     @torch.no_grad()
-    def logps(self, rows: PaddedRows) -> tuple[Tensor, Tensor]:
-        return response_logps(self.model, rows)
+    def logps(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        return SHARED.logps(self.model, rows)
 
 
-def rows_of(pairs: TokenisedPairs) -> PaddedRows:
-    return PaddedRows.of(pairs.prompt_ids + pairs.prompt_ids, pairs.w_ids + pairs.l_ids)
+def rows_of(pairs: TokenisedPairs) -> Rows:
+    return SHARED.rows(pairs.prompt_ids, list(zip(pairs.w_ids, pairs.l_ids, strict=True)), "cpu")
+
+
+def live(model: PreTrainedModel) -> Reference:
+    return live_reference(model, SHARED)
 
 
 def trained(
@@ -83,19 +87,21 @@ def test_its_log_probs_stay_those_of_the_start(
     random_pairs: Callable[..., TokenisedPairs],
 ) -> None:
     model, pairs = tiny_model(tie_word_embeddings=tied), random_pairs(24)
-    rows, cached = rows_of(pairs), reference_logps(model, pairs)
-    expected = torch.from_numpy(np.concatenate([cached.w_sum, cached.l_sum]))
+    rows, cached = rows_of(pairs), reference_logps(model, pairs, SHARED)
+    expected = torch.from_numpy(np.stack([cached.w_sum, cached.l_sum], 1)).view(-1)
     run = preference_config("bfpo", train__trainable=trainable)
-    _, held, policy = trained(model, pairs, live_reference, run, cached)
+    _, held, policy = trained(model, pairs, live, run, cached)
     assert isinstance(held, LiveReference)
     before = copy.deepcopy(policy.state_dict())
     sums, counts = held.logps(rows)
     torch.testing.assert_close(sums, expected, rtol=1e-5, atol=0)
-    assert counts.tolist() == [len(ids) for ids in pairs.w_ids + pairs.l_ids]
+    assert counts.tolist() == [
+        len(ids) for both in zip(pairs.w_ids, pairs.l_ids, strict=True) for ids in both
+    ]
     torch.testing.assert_close(sums, SecondModel(model).logps(rows)[0], rtol=1e-6, atol=0)
     # The policy has moved on, and is left as it is: its weights, and that it has no gradients.
     with torch.no_grad():
-        moved, _ = response_logps(policy, rows)
+        moved, _ = SHARED.logps(policy, rows)
     assert ((moved - expected) / expected).abs().max() > 1e-3
     assert not sums.requires_grad
     assert all(parameter.grad is None for parameter in policy.parameters())
@@ -112,23 +118,25 @@ def test_training_is_the_same_with_a_cached_a_live_and_a_second_reference(
 ) -> None:
     """Micro-batches of 4, so that means over a step (KTO) take their own pass; MODPO has its margin."""
     model, pairs = tiny_model(), random_pairs(40)
-    first = reference_logps(tiny_model(seed=1), pairs)
+    first = reference_logps(tiny_model(seed=1), pairs, SHARED)
     changes: dict[str, Any] = {"train__trainable": ["mlp.down_proj"], "train__microbatch": 4}
     for logps in ("sum", "mean"):
         run = preference_config(loss, loss__logps=logps, **changes)
         kinds: list[Callable[[PreTrainedModel], PairLogps | Reference]] = [
-            lambda model: reference_logps(model, pairs),
-            live_reference,
+            lambda model: reference_logps(model, pairs, SHARED),
+            live,
             SecondModel,
         ]
-        cached, live, second = (trained(model, pairs, kind, run, first)[0] for kind in kinds)
-        assert cached[0]["loss"] != pytest.approx(cached[-1]["loss"], rel=1e-3)  # the steps do something
-        for expected, values, others in zip(cached, live, second, strict=True):
+        of_cached, of_live, of_second = (trained(model, pairs, kind, run, first)[0] for kind in kinds)
+        assert of_cached[0]["loss"] != pytest.approx(
+            of_cached[-1]["loss"], rel=1e-3
+        )  # the steps do something
+        for expected, values, others in zip(of_cached, of_live, of_second, strict=True):
             assert values["loss"] == pytest.approx(expected["loss"], rel=1e-4)
             assert values["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-4)
             assert values["kl"] == pytest.approx(expected["kl"], rel=1e-4, abs=1e-3)
             assert others["loss"] == pytest.approx(values["loss"], rel=1e-6)
-        assert live[0]["kl"] == 0.0  # bit for bit: the same batch through the same weights
+        assert of_live[0]["kl"] == 0.0  # bit for bit: the same batch through the same weights
 
 
 def test_frozen_weights_are_shared_and_trained_ones_copied(
@@ -136,7 +144,7 @@ def test_frozen_weights_are_shared_and_trained_ones_copied(
 ) -> None:
     model, rows = tiny_model(), rows_of(random_pairs(8))
     select_trainable(model, ["mlp.down_proj"])
-    held = live_reference(model)
+    held = live_reference(model, SHARED)
     start, _ = held.logps(rows)
     with torch.no_grad():
         model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(1.5)
@@ -169,4 +177,4 @@ def test_a_reference_is_a_setting_of_the_preference_stage(config: Callable[..., 
 
 
 def test_a_module_that_is_no_model_has_no_adapters() -> None:
-    assert isinstance(live_reference(nn.Linear(2, 2)), LiveReference)
+    assert isinstance(live_reference(nn.Linear(2, 2), SHARED), LiveReference)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.logprobs import reference
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps, token_logps
+from bfpo_exp.logprobs.paths import PADDED, SHARED, LogpsPath
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
 
 if TYPE_CHECKING:
@@ -132,21 +133,24 @@ def test_gradients_reach_the_model(tiny_model: Callable[..., PreTrainedModel]) -
 
 def permuted(pairs: TokenisedPairs, order: np.ndarray) -> TokenisedPairs:
     columns: dict[str, Any] = {}
-    for name, column in vars(pairs).items():
+    for name in (field.name for field in fields(pairs)):
+        column = getattr(pairs, name)
         columns[name] = [column[i] for i in order] if isinstance(column, list) else column[order]
     return TokenisedPairs(**columns)
 
 
+@pytest.mark.parametrize("path", [PADDED, SHARED], ids=lambda path: path.name)
 def test_reference_equals_plain_in_any_order_of_pairs(
+    path: LogpsPath,
     tiny_model: Callable[..., PreTrainedModel],
     random_pairs: Callable[..., TokenisedPairs],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reference, "ROWS", 5)  # several passes, the last of them smaller
+    monkeypatch.setattr(reference, "PAIRS", 3)  # several passes, the last of them smaller
     model, pairs = tiny_model(), random_pairs(11)
     done: list[int] = []
-    logps = reference_logps(model, pairs, done.append)
-    assert sum(done) == 22
+    logps = reference_logps(model, pairs, path, done.append)
+    assert sum(done) == 11
     assert logps.w_sum.dtype == np.float32
     for sums, counts, responses in (
         (logps.w_sum, logps.w_count, pairs.w_ids),
@@ -157,7 +161,7 @@ def test_reference_equals_plain_in_any_order_of_pairs(
         assert counts.tolist() == [len(response) for response in responses]
 
     order = np.random.default_rng(0).permutation(11)
-    again = reference_logps(model, permuted(pairs, order))
+    again = reference_logps(model, permuted(pairs, order), path)
     for name, array in vars(logps).items():
         np.testing.assert_allclose(getattr(again, name), array[order], rtol=1e-5, atol=1e-5)
 

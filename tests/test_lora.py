@@ -14,7 +14,7 @@ import torch
 from bfpo_exp.config.schema import Config, Lora
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.errors import UserError
-from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import SHARED, Rows
 from bfpo_exp.logprobs.reference import reference_logps
 from bfpo_exp.models.lora import add_lora, check_lora, merged
 from bfpo_exp.runtime import cpu_threads
@@ -43,8 +43,8 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def rows_of(pairs: TokenisedPairs) -> PaddedRows:
-    return PaddedRows.of(pairs.prompt_ids + pairs.prompt_ids, pairs.w_ids + pairs.l_ids)
+def rows_of(pairs: TokenisedPairs) -> Rows:
+    return SHARED.rows(pairs.prompt_ids, list(zip(pairs.w_ids, pairs.l_ids, strict=True)), "cpu")
 
 
 def trained(
@@ -54,14 +54,15 @@ def trained(
     log: list[dict[str, float]] = []
     adapted = add_lora(copy.deepcopy(model), LORA, seed=0)
     prepare_for_training(adapted, run.train)  # type: ignore[arg-type]
-    live = live_reference(adapted)
+    live = live_reference(adapted, SHARED)
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     engine = PlainEngine(adapted, parameters, run.train, STEPS)
 
     def on_log(taken: int, values: Mapping[str, float]) -> None:
         log.append(dict(values))
 
-    train(engine, PreferenceObjective(pairs, reference or live, run, "cpu"), STEPS, 1, on_log)
+    with SHARED.during(adapted):
+        train(engine, PreferenceObjective(pairs, reference or live, run, "cpu"), STEPS, 1, on_log)
     return log, adapted, live
 
 
@@ -76,7 +77,7 @@ def test_the_reference_is_the_model_with_its_adapters_off(
     run = preference_config(
         "bfpo", train__lr=1e-2, train__microbatch=4, train__gradient_checkpointing=checkpointing
     )
-    cached, _, _ = trained(model, pairs, reference_logps(model, pairs), run)
+    cached, _, _ = trained(model, pairs, reference_logps(model, pairs, SHARED), run)
     live, adapted, reference = trained(model, pairs, None, run)
     assert cached[0]["loss"] != pytest.approx(cached[-1]["loss"], rel=1e-3)
     assert live[0]["kl"] == 0.0
@@ -87,11 +88,11 @@ def test_the_reference_is_the_model_with_its_adapters_off(
     assert isinstance(reference, AdapterOff)
     rows = rows_of(pairs)
     with torch.no_grad():
-        start, moved = response_logps(model, rows)[0], response_logps(adapted, rows)[0]
+        start, moved = SHARED.logps(model, rows)[0], SHARED.logps(adapted, rows)[0]
     torch.testing.assert_close(reference.logps(rows)[0], start, rtol=1e-5, atol=0)
     assert ((moved - start) / start).abs().max() > 1e-3
     with torch.no_grad():  # the adapters are on again
-        assert torch.equal(response_logps(adapted, rows)[0], moved)
+        assert torch.equal(SHARED.logps(adapted, rows)[0], moved)
 
 
 def test_adapters_alone_are_trained(tiny_model: Callable[..., PreTrainedModel]) -> None:
@@ -124,15 +125,15 @@ def test_what_is_saved_is_a_plain_model_with_the_adapters_in_its_weights(
     _, adapted, _ = trained(model, pairs, None, preference_config("dpo", train__lr=1e-2))
     rows = rows_of(pairs)
     with torch.no_grad():
-        expected, _ = response_logps(adapted, rows)
+        expected, _ = SHARED.logps(adapted, rows)
     weights = merged(adapted.state_dict(), LORA)
     assert weights.keys() == model.state_dict().keys()
     adapted.unload().save_pretrained(tmp_path, state_dict=weights)
     assert not list(tmp_path.glob("adapter*"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        found, _ = response_logps(loaded, rows)
-        start, _ = response_logps(model, rows)
+        found, _ = SHARED.logps(loaded, rows)
+        start, _ = SHARED.logps(model, rows)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(found, start, rtol=1e-3)
 

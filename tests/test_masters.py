@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bfpo_exp.config.schema import Config
 from bfpo_exp.data.pairs import TokenisedPairs
+from bfpo_exp.logprobs.paths import SHARED
 from bfpo_exp.logprobs.reference import reference_logps
 from bfpo_exp.models.policy import select_trainable
 from bfpo_exp.train.masters import MasterWeights
@@ -112,7 +113,7 @@ def test_eight_micro_batches_of_one_and_one_of_eight(
 ) -> None:
     """The gradients of a bfloat16 model: as near to each other as its log-probs are known."""
     pairs = random_pairs(8)
-    logps = reference_logps(tiny_model(seed=1), pairs)  # type: ignore[arg-type]
+    logps = reference_logps(tiny_model(seed=1), pairs, SHARED)  # type: ignore[arg-type]
     sums = {}
     for microbatch in (8, 1):
         model = tiny_model(dtype=torch.bfloat16)

@@ -15,6 +15,7 @@ from bfpo_exp.config.schema import Config, Model
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import SHARED
 from bfpo_exp.logprobs.reference import reference_logps
 from bfpo_exp.models import numerics
 from bfpo_exp.models.numerics import Hardware, chosen_attention, resolved_attention, tell_numerics
@@ -105,7 +106,7 @@ def test_what_was_chosen_is_said_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(numerics, "this_hardware", lambda: hardware)
-    numerics._say.cache_clear()
+    numerics.say.cache_clear()
     with caplog.at_level(logging.INFO, logger=numerics.__name__):
         for _ in range(3):
             tell_numerics(model(attention="auto", dtype="bfloat16"))
@@ -198,7 +199,7 @@ def test_step_zero_in_bfloat16(
     """The first step's loss is that at policy == reference, up to the rounding of other batch shapes."""
     pairs, policy = random_pairs(64), tiny_model(dtype=torch.bfloat16)
     run = preference_config(loss)
-    objective = PreferenceObjective(pairs, reference_logps(policy, pairs), run, "cpu")
+    objective = PreferenceObjective(pairs, reference_logps(policy, pairs, SHARED), run, "cpu")
     total = at_reference = 0.0
     for step in range(4):
         for batch in objective.microbatches(step):

@@ -138,7 +138,8 @@ def test_activations_and_logits_of_mistral_by_hand() -> None:
     assert kept == tokens * 32 * block
     again = activation_bytes(MISTRAL, tokens, "bfloat16", everything=False, checkpointing=True)
     assert again == tokens * (32 * 2 * 4096 + block)
-    assert logit_bytes(MISTRAL, tokens) == 12 * 32000 * tokens
+    assert logit_bytes(MISTRAL, tokens, shared=False) == 12 * 32000 * tokens
+    assert logit_bytes(MISTRAL, tokens, shared=True) == 12 * 2**26
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])

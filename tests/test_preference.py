@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import nn
 
 from bfpo_exp.config.schema import Config
 from bfpo_exp.data.pairs import TokenisedPairs, order_signs
+from bfpo_exp.logprobs.paths import SHARED
 from bfpo_exp.logprobs.reference import PairLogps
+from bfpo_exp.logprobs.shared import SharedRow
 from bfpo_exp.train import preference
 from bfpo_exp.train.preference import PreferenceObjective
 
@@ -60,11 +63,12 @@ def test_a_view_swaps_responses_with_their_labels_and_log_probs(
     objective = PreferenceObjective(HAND, HAND_LOGPS, preference_config("dpo", loss__order=order), "cpu")
     indices = np.array([3, 0, 1, 2])
     view = objective.view(indices)
-    ids = view.rows.input_ids.tolist()
+    assert isinstance(view.rows, SharedRow)
+    targets = iter(view.rows.targets.tolist())
     for place, i in enumerate(indices):
         first, second = ("l", "w") if i in swapped else ("w", "l")
-        assert ids[place] == HAND.prompt_ids[i] + getattr(HAND, f"{first}_ids")[i]
-        assert ids[place + 4] == HAND.prompt_ids[i] + getattr(HAND, f"{second}_ids")[i]
+        for ids in (getattr(HAND, f"{first}_ids")[i], getattr(HAND, f"{second}_ids")[i]):
+            assert [next(targets) for _ in ids] == ids
         assert view.given["safe_w"][place] == getattr(HAND, f"safe_{first}")[i]
         assert view.given["safe_l"][place] == getattr(HAND, f"safe_{second}")[i]
         assert view.given["ref_w"][place] == getattr(HAND_LOGPS, f"{first}_sum")[i]
@@ -76,7 +80,9 @@ def test_by_safety_order_the_first_response_is_the_safe_one(preference_config: P
     view = objective.view(np.arange(4))
     assert view.given["safe_w"].tolist() == [1, 1, 1, 1]
     assert view.given["safe_l"].tolist() == [0, 0, 0, 0]
-    assert view.rows.input_ids[:4, 2].tolist() == [20, 31, 22, 33]
+    assert isinstance(view.rows, SharedRow)
+    starts = [0, *view.rows.response_mask.sum(1).cumsum(0).tolist()]
+    assert view.rows.targets[starts[:-1:2]].tolist() == [20, 31, 22, 33]
     assert view.given["ref_w"].tolist() == [-1, -20, -3, -40]
 
 
@@ -114,11 +120,9 @@ def statistics(
     )
     counts = np.full(n, 2)
     logps = PairLogps(np.array(REF_W, np.float32), np.array(REF_L, np.float32), counts, counts)
-    monkeypatch.setattr(
-        preference,
-        "response_logps",
-        lambda model, rows: (torch.tensor(POLICY_W + POLICY_L), torch.full((2 * n,), 2)),
-    )
+    policy = torch.tensor([POLICY_W, POLICY_L]).T.reshape(-1)
+    path = dataclasses.replace(SHARED, logps=lambda model, rows: (policy, torch.full((2 * n,), 2)))
+    monkeypatch.setattr(preference, "chosen_path", lambda *_: path)
     objective = PreferenceObjective(pairs, logps, config, "cpu")
     loss, sums = objective.loss(nn.Identity(), objective.view(np.arange(n)))
     return loss.item(), sums.read()

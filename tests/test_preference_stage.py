@@ -16,7 +16,7 @@ from torch import Tensor
 from bfpo_exp.config.schema import STREAMS, Config
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.errors import UserError
-from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import SHARED, Rows
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
 from bfpo_exp.models.output import ModelCard
 from bfpo_exp.models.policy import load_policy
@@ -68,9 +68,7 @@ def test_a_run_asserts_its_first_loss(context: Context, monkeypatch: pytest.Monk
     other = load_policy(of_another.path, another, own=True, device=context.device)
     reference = base_model(context)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            stage, "reference_logps", lambda model, pairs, progress: reference_logps(other, pairs, progress)
-        )
+        patch.setattr(stage, "reference_logps", lambda model, *arguments: reference_logps(other, *arguments))
         with pytest.raises(AssertionError, match="not those of the model that is trained"):
             stage.policy(context, reference)
     entries = {path.name for path in (context.store.root / "reference").glob("[!.]*")}
@@ -139,9 +137,9 @@ def test_a_first_stage_is_trained_first(
         view = objective.view(np.arange(6))
         model = load_policy(policy.path, context.config.model, own=True, device="cpu")
         with torch.no_grad():
-            sums, _ = response_logps(model, view.rows)
-        rewards = 0.2 * (sums - torch.cat([view.given["ref_w"], view.given["ref_l"]]))
-        margins = torch.cat([view.given["margin_w"], view.given["margin_l"]])
+            sums, _ = SHARED.logps(model, view.rows)
+        rewards = 0.2 * (sums.view(-1, 2) - torch.stack([view.given["ref_w"], view.given["ref_l"]], 1))
+        margins = torch.stack([view.given["margin_w"], view.given["margin_l"]], 1)
         torch.testing.assert_close(margins, rewards, rtol=1e-4, atol=1e-5)
         assert margins.abs().max() > 1e-4
     assert trained.path != policy.path
@@ -152,12 +150,12 @@ def test_log_probs_that_are_not_finite_stop_the_run_and_name_the_pairs(
 ) -> None:
     calls = []
 
-    def broken(model: PreTrainedModel, rows: PaddedRows) -> tuple[Tensor, Tensor]:
-        sums, counts = response_logps(model, rows)
+    def broken(model: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor]:
+        sums, counts = SHARED.logps(model, rows)
         calls.append(rows)
-        return sums.index_fill(0, torch.tensor([2, 11]), float("nan")) if len(calls) == 2 else sums, counts
+        return sums.index_fill(0, torch.tensor([4, 7]), float("nan")) if len(calls) == 2 else sums, counts
 
-    monkeypatch.setattr(preference, "response_logps", broken)
+    monkeypatch.setattr(preference, "chosen_path", lambda *_: replace(SHARED, logps=broken))
     with pytest.raises(UserError, match="log-probs are not finite at step 2 for training pairs") as error:
         stage.policy(context, base_model(context))
     pairs = TokenisedPairs.of([stage._tokens(stage.tokenised_stream(context, s)) for s in STREAMS])
@@ -165,7 +163,7 @@ def test_log_probs_that_are_not_finite_stop_the_run_and_name_the_pairs(
     logps = PairLogps(nothing, nothing, nothing + 1, nothing + 1)
     (batch,) = PreferenceObjective(pairs, logps, context.config, "cpu").microbatches(1)
     assert torch.equal(batch.rows.input_ids, calls[1].input_ids)
-    low, high = sorted(batch.indices[[2, 11 - 8]])  # eight rows of y_w, then eight of y_l
+    low, high = sorted(batch.indices[[2, 3]])  # y_w of the third pair, y_l of the fourth
     assert f"training pairs {low}, {high} (rows from 0 of the streams" in str(error.value)
     assert "train.lr" in str(error.value)
 
@@ -191,7 +189,7 @@ def test_without_a_reference_the_loss_is_still_measured_against_it(
 ) -> None:
     model, pairs = tiny_model(), random_pairs(40)
     run = preference_config("dpo", loss__reference_free=True)
-    objective = PreferenceObjective(pairs, reference_logps(model, pairs), run, "cpu")
+    objective = PreferenceObjective(pairs, reference_logps(model, pairs, SHARED), run, "cpu")
     _, sums = objective.loss(model, batch := objective.view(objective.batches[0]))
     values = sums.read()
     given = batch.given

@@ -13,6 +13,7 @@ from bfpo_exp.config.schema import Config, Optimisation
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import SHARED
 from bfpo_exp.models.policy import select_trainable
 from bfpo_exp.train.live_reference import live_reference
 from bfpo_exp.train.prepare import prepare_for_training
@@ -94,12 +95,13 @@ def test_a_live_reference_of_a_checkpointing_model(
     tiny_model: Callable[..., PreTrainedModel],
     random_pairs: Callable[..., TokenisedPairs],
 ) -> None:
-    rows, values = rows_of(random_pairs(8)), []
+    pairs, values = random_pairs(8), []
+    rows = SHARED.rows(pairs.prompt_ids, list(zip(pairs.w_ids, pairs.l_ids, strict=True)), "cpu")
     for checkpointing in (False, True):
         model = tiny_model()
         select_trainable(model, ["mlp.down_proj"])
         prepare_for_training(model, asked(checkpointing))
-        held = live_reference(model)
+        held = live_reference(model, SHARED)
         with torch.no_grad():
             model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(1.5)
         values.append(held.logps(rows)[0])

@@ -15,6 +15,7 @@ from bfpo_exp.config.schema import Config, Optimisation, SeededOptimisation
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import SHARED
 from bfpo_exp.logprobs.reference import reference_logps
 from bfpo_exp.losses import LOSSES
 from bfpo_exp.models.policy import select_trainable
@@ -256,7 +257,7 @@ def test_microbatches_do_not_change_preference_training(
     random_pairs: Callable[..., TokenisedPairs],
 ) -> None:
     model, pairs = tiny_model(), random_pairs(40)
-    logps, first = reference_logps(model, pairs), reference_logps(tiny_model(seed=1), pairs)
+    logps, first = reference_logps(model, pairs, SHARED), reference_logps(tiny_model(seed=1), pairs, SHARED)
     runs = []
     for microbatch in (16, 8, 2, 1):
         run = preference_config(loss, train__microbatch=microbatch, data__batches=batches)
@@ -299,7 +300,7 @@ def test_the_same_seed_gives_the_same_metrics_bit_for_bit(
     random_pairs: Callable[..., TokenisedPairs],
 ) -> None:
     model, pairs = tiny_model(), random_pairs(40)
-    logps = reference_logps(model, pairs)
+    logps = reference_logps(model, pairs, SHARED)
 
     def run(seed: int) -> tuple[Log, dict[str, Tensor]]:
         values = preference_config("bfpo", train__microbatch=8, seed=seed)
@@ -318,7 +319,7 @@ def test_the_first_loss_is_the_loss_at_the_reference(
 ) -> None:
     """ln 2 for DPO; mean of (g / beta)^2 for BFPO.  With another model's log-probs it is not."""
     model, pairs = tiny_model(), random_pairs(40)
-    logps = reference_logps(model, pairs)
+    logps = reference_logps(model, pairs, SHARED)
     dpo = preference_config("dpo")
     ((_, values),), _ = trained(model, PreferenceObjective(pairs, logps, dpo, "cpu"), dpo.train, steps=1)
     assert values["loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -332,7 +333,7 @@ def test_the_first_loss_is_the_loss_at_the_reference(
     assert values["loss"] == pytest.approx(((g / 0.2) ** 2).mean(), rel=1e-4)
     assert values["loss_at_reference"] == pytest.approx(((g / 0.2) ** 2).mean(), rel=1e-6)
 
-    of_another = reference_logps(tiny_model(seed=1), pairs)
+    of_another = reference_logps(tiny_model(seed=1), pairs, SHARED)
     objective = PreferenceObjective(pairs, of_another, bfpo, "cpu")
     ((_, values),), _ = trained(model, objective, bfpo.train, steps=1)
     assert values["loss"] != pytest.approx(values["loss_at_reference"], rel=0.01)

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from bfpo_exp.config.schema import Config
 from bfpo_exp.data.pairs import TokenisedPairs
+from bfpo_exp.logprobs.paths import SHARED
 from bfpo_exp.logprobs.reference import reference_logps
 from bfpo_exp.train.preference import PreferenceObjective
 
@@ -95,7 +96,7 @@ def our_step(
         settings = {f"loss__{key}": value for key, value in (case.ours | changes).items()}
         config = preference_config(case.loss, loss__order="helpfulness", **settings)
         policy, reference = tiny_model(seed=0), tiny_model(seed=1)
-        objective = PreferenceObjective(pairs, reference_logps(reference, pairs), config, "cpu")
+        objective = PreferenceObjective(pairs, reference_logps(reference, pairs, SHARED), config, "cpu")
         loss, _ = objective.loss(policy, objective.view(np.arange(PAIRS)))
         loss.backward()
         return loss.item(), gradients(policy)

@@ -200,6 +200,7 @@ class Model(Strict):
     pretraining: Pretraining | None
     dtype: Literal["float32", "bfloat16"]
     attention: Literal["auto", "flash_attention_2", "sdpa", "eager"]
+    forward: Literal["auto", "shared", "padded"]
     seed: Seed
 
     @model_validator(mode="after")
@@ -277,6 +278,7 @@ class Lora(Strict):
 class Train(Optimisation):
     """The preference stage, with the two stages before it."""
 
+    tokens_per_microbatch: Count | None
     reference: Literal["cached", "live"]
     lora: Lora | None
     base: SeededOptimisation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
@@ -38,6 +39,12 @@ class TokenisedPairs:
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
+
+    @functools.cached_property
+    def lengths(self) -> list[tuple[int, int, int]]:
+        """Tokens of each pair's prompt and of its two responses."""
+        ids = zip(self.prompt_ids, self.w_ids, self.l_ids, strict=True)
+        return [(len(prompt), len(w), len(l)) for prompt, w, l in ids]  # noqa: E741
 
     @classmethod
     def of(cls, parts: Sequence[Dataset]) -> TokenisedPairs:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from bfpo_exp.data.chat import ChatFormat
-from bfpo_exp.distributed import group, sum_
+from bfpo_exp.distributed import gathered, group
 from bfpo_exp.eval.tasks import ChoiceTask
-from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import LogpsPath
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PROMPTS = 32  # of a forward pass
 
 
 @torch.no_grad()
@@ -22,30 +24,27 @@ def choose(
     chat: ChatFormat,
     task: ChoiceTask,
     score: Literal["mean", "sum"],
-    rows: int = 64,
+    path: LogpsPath,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[int]:
     """For each prompt, the candidate with the highest log-likelihood, summed or per token.
 
     Passes are shared out over the processes, and every process gets all choices.
     """
-    flat = [
-        (i, chat.encode(prompt, candidate))
-        for i, (prompt, candidates) in enumerate(zip(task.prompts, task.candidates, strict=True))
-        for candidate in candidates
-    ]
-    order = sorted(range(len(flat)), key=lambda j: len(flat[j][1].prompt_ids) + len(flat[j][1].response_ids))
-    scores = torch.zeros(len(flat), device=model.device)
-    for start in group().share(range(0, len(order), rows)):
-        part = order[start : start + rows]
-        tokens = [flat[j][1] for j in part]
-        batch = PaddedRows.of([t.prompt_ids for t in tokens], [t.response_ids for t in tokens], model.device)
-        logps, counts = response_logps(model, batch)
-        scores[part] = logps / counts if score == "mean" else logps
+    items = chat.encode_batch(task.prompts, task.candidates)
+    order = sorted(
+        range(len(items)),
+        key=lambda i: len(items[i][0].prompt_ids) + max(len(c.response_ids) for c in items[i]),
+    )
+    chosen: list[tuple[int, int]] = []
+    for start in group().share(range(0, len(order), PROMPTS)):
+        part = order[start : start + PROMPTS]
+        candidates = [[tokens.response_ids for tokens in items[i]] for i in part]
+        rows = path.rows([items[i][0].prompt_ids for i in part], candidates, model.device)
+        logps, counts = path.logps(model, rows)
+        scores = logps / counts if score == "mean" else logps
+        best = [int(several.argmax()) for several in scores.cpu().split([len(c) for c in candidates])]
+        chosen += zip(part, best, strict=True)
         progress(group().size * len(part))
-    scores = sum_(scores).cpu()  # each candidate's is 0 in all processes but one
-    chosen, start = [], 0
-    for candidates in task.candidates:
-        chosen.append(int(scores[start : start + len(candidates)].argmax()))
-        start += len(candidates)
-    return chosen
+    of_prompt = dict(gathered(chosen))
+    return [of_prompt[i] for i in range(len(items))]

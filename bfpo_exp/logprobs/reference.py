@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +14,16 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from bfpo_exp.data.pairs import TokenisedPairs
-from bfpo_exp.distributed import group, sum_
-from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.distributed import group, sum_, wait
+from bfpo_exp.logprobs.paths import LogpsPath, passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "logps.safetensors"
-ROWS, TOKENS = 64, 16384  # sequences, and padded tokens, that a forward pass has at most
+PARTS = "part-*.safetensors"  # of a pass that is not over
+PAIRS, POSITIONS = 32, 16384  # that a forward pass has at most
+SAVE_SECONDS = 30.0  # of work that a killed pass loses at most
 
 
 @dataclass(frozen=True)
@@ -49,40 +53,89 @@ class PairLogps:
         return cls(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in vars(parts[0])})
 
 
-def passes(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive rows, from the shortest to the longest, cut into passes: (start, end) of each.
-
-    >>> passes([3, 5000, 6000, 7000, 20000])
-    [(0, 2), (2, 4), (4, 5)]
-    """
-    found, start = [], 0
-    for end, length in enumerate(lengths):
-        if end > start and (end - start == ROWS or (end + 1 - start) * length > TOKENS):
-            found.append((start, end))
-            start = end
-    return [*found, (start, len(lengths))] if lengths else []
-
-
 @torch.no_grad()
 def reference_logps(
-    model: PreTrainedModel, pairs: TokenisedPairs, progress: Callable[[int], None] = lambda done: None
+    model: PreTrainedModel,
+    pairs: TokenisedPairs,
+    path: LogpsPath,
+    progress: Callable[[int], None] = lambda done: None,
+    folder: Path | None = None,
 ) -> PairLogps:
-    """Log-probs of every pair's two responses, in passes over rows of similar length.
+    """Log-probs of every pair's two responses, in passes over pairs of similar length.
 
     Passes are shared out over the processes, whole, so the numbers do not depend on how many there are.
+    With a ``folder``, what is done is kept there every `SAVE_SECONDS`, and not done again.
     """
-    prompts = pairs.prompt_ids + pairs.prompt_ids
-    responses = pairs.w_ids + pairs.l_ids
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
-    sums, counts = np.zeros(len(order), np.float32), np.zeros(len(order), np.int64)
-    lengths = [len(prompts[i]) + len(responses[i]) for i in order]
-    for start, end in group().share(passes(lengths)):
-        rows = order[start:end]
-        batch = PaddedRows.of([prompts[i] for i in rows], [responses[i] for i in rows], model.device)
-        logps, tokens = response_logps(model, batch)
-        sums[rows], counts[rows] = logps.cpu().numpy(), tokens.cpu().numpy()
+    lengths = pairs.lengths
+    order = np.array(sorted(range(len(pairs)), key=lambda i: lengths[i][0] + max(lengths[i][1:])), np.int64)
+    every = passes([lengths[i] for i in order], path, PAIRS, POSITIONS)
+    found = _Found(len(pairs), folder)
+    done = found.load() if folder else set()
+    wait()  # all processes have read the same parts before one of them writes another
+    progress(sum(end - start for number, (start, end) in enumerate(every) if number in done))
+    for number in group().share([number for number in range(len(every)) if number not in done]):
+        rows = order[slice(*every[number])]
+        prompts = [pairs.prompt_ids[i] for i in rows]
+        batch = path.rows(prompts, [(pairs.w_ids[i], pairs.l_ids[i]) for i in rows], model.device)
+        found.add(number, rows, *path.logps(model, batch))
         progress(group().size * len(rows))
-    for array in (sums, counts):  # each row is 0 in all processes but one
-        array[:] = sum_(torch.from_numpy(array).to(model.device)).cpu().numpy()
-    n = len(pairs)
-    return PairLogps(sums[:n], sums[n:], counts[:n], counts[n:])
+    return found.whole(model.device)
+
+
+class _Found:
+    """The sums and counts found so far: in earlier tries, kept in files, and by this process.
+
+    Attributes:
+        sums: float32 (pairs, 2), of both responses; counts: int64 of the same shape; 0 where another
+            process, or an earlier try, has the pair.
+    """
+
+    def __init__(self, pairs: int, folder: Path | None) -> None:
+        self.folder = folder
+        self.sums, self.counts = np.zeros((pairs, 2), np.float32), np.zeros((pairs, 2), np.int64)
+        self.before = self.sums.copy(), self.counts.copy()  # of earlier tries
+        self._fresh: list[tuple[int, np.ndarray]] = []
+        self._saved = time.monotonic()
+
+    def load(self) -> set[int]:
+        """The numbers of the passes that earlier tries have done."""
+        assert self.folder is not None
+        done: set[int] = set()
+        for file in sorted(self.folder.glob(PARTS)):
+            part = load_file(file)
+            self.before[0][part["rows"]], self.before[1][part["rows"]] = part["sums"], part["counts"]
+            done |= set(part["passes"].tolist())
+        return done
+
+    def add(self, number: int, rows: np.ndarray, sums: torch.Tensor, counts: torch.Tensor) -> None:
+        """What one pass has found."""
+        self.sums[rows] = sums.view(-1, 2).cpu().numpy()
+        self.counts[rows] = counts.view(-1, 2).cpu().numpy()
+        self._fresh.append((number, rows))
+        if self.folder and time.monotonic() - self._saved > SAVE_SECONDS:
+            self._save(self.folder)
+
+    def _save(self, folder: Path) -> None:
+        rows = np.concatenate([rows for _, rows in self._fresh])
+        numbers = [number for number, _ in self._fresh]
+        part = {
+            "passes": np.array(numbers, np.int64),
+            "rows": rows,
+            "sums": self.sums[rows],
+            "counts": self.counts[rows],
+        }
+        file = folder / PARTS.replace("*", f"{numbers[0]}")  # of all processes, only one did this pass
+        draft = file.with_suffix(".draft")
+        save_file(part, draft)
+        os.replace(draft, file)
+        self._fresh, self._saved = [], time.monotonic()
+
+    def whole(self, device: torch.device) -> PairLogps:
+        """Everything, in every process; the files of a pass that is over have no more use."""
+        parts = []
+        for array, before in zip((self.sums, self.counts), self.before, strict=True):
+            parts.append(sum_(torch.from_numpy(array).to(device)).cpu().numpy() + before)
+        for file in self.folder.glob(PARTS) if self.folder and group().main else ():
+            file.unlink()
+        sums, counts = parts
+        return PairLogps(*(np.ascontiguousarray(column) for column in (*sums.T, *counts.T)))

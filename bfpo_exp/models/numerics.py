@@ -117,9 +117,9 @@ def tell_numerics(model: Model) -> None:
     hardware = this_hardware()
     if model.attention == "auto":
         name, why = chosen_attention(model, hardware)
-        _say(f"attention: {name} ({why})")
+        say(f"attention: {name} ({why})")
     if model.dtype == "bfloat16" and hardware.capability is None:
-        _say("model.dtype=bfloat16 on a CPU works but is slow; float32 is the faster one on most")
+        say("model.dtype=bfloat16 on a CPU works but is slow; float32 is the faster one on most")
 
 
 def _dotted(capability: tuple[int, int]) -> str:
@@ -127,6 +127,6 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Say it once, however many models are loaded."""
     log.info(text)

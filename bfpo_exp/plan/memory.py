@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bfpo_exp.config.schema import Deepspeed, Optimisation
+from bfpo_exp.logprobs.head import CHUNK
 from bfpo_exp.plan.parameters import Shape
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a weight
@@ -19,6 +20,7 @@ STATE = {"adamw": 8, "rmsprop": 4, "adamw_8bit": 2}  # bytes of optimiser state 
 # Float32 copies of the response's logits, their log-softmax and its gradient, beside the logits in the
 # model's own type: at the worst moment 12 bytes an entry, in float32 as in bfloat16.
 LOGIT = 12
+LOGITS = CHUNK["cuda"]  # that the fast path has at once
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,13 @@ def activation_bytes(shape: Shape, tokens: int, dtype: str, *, everything: bool,
     return tokens * shape.blocks * block
 
 
-def logit_bytes(shape: Shape, tokens: int) -> int:
-    """Logits of so many tokens with all that becomes of them, if every token is a response's."""
-    return LOGIT * shape.vocabulary * tokens
+def logit_bytes(shape: Shape, tokens: int, *, shared: bool) -> int:
+    """Logits of so many tokens with all that becomes of them, if every token is a response's.
+
+    With ``shared`` prompts they exist for a chunk of tokens at once.
+    """
+    logits = shape.vocabulary * tokens
+    return LOGIT * (min(logits, LOGITS) if shared else logits)
 
 
 def training_memory(
@@ -122,8 +128,9 @@ def training_memory(
     *,
     adapters: bool = False,
     live_reference: bool = False,
+    shared: bool = False,
 ) -> Mapping[str, int]:
-    """Bytes on each GPU by component; ``tokens`` are those of a micro-batch."""
+    """Bytes on each GPU by component; ``tokens`` are those of a micro-batch, whose prompts may be shared."""
     memory = state_bytes(shape.parameters, trained, adapters, optimisation.optimizer, setting)
     if live_reference and not adapters:
         memory["reference weights"] = WIDTH[setting.dtype] * trained
@@ -134,5 +141,5 @@ def training_memory(
         everything=adapters or trained == shape.parameters,
         checkpointing=optimisation.gradient_checkpointing,
     )
-    memory["logits"] = logit_bytes(shape, tokens)
+    memory["logits"] = logit_bytes(shape, tokens, shared=shared)
     return {name: size for name, size in memory.items() if size}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bfpo_exp.config.schema import Config, Source
 from bfpo_exp.distributed import group
 from bfpo_exp.errors import UserError
+from bfpo_exp.logprobs.paths import chosen_path
 from bfpo_exp.models.numerics import chosen_attention, this_hardware
 from bfpo_exp.plan.memory import Setting, training_memory
 from bfpo_exp.plan.parameters import Shape, known_shape, trained_parameters
@@ -174,18 +175,27 @@ def _stage(
     yield f"trained: {trained:,} parameters ({which}), {100 * trained / shape.parameters:.1f} % of all"
     live = stage.unit == "pairs" and config.train.reference == "live"
     setting = Setting.of(config.model.dtype, config.deepspeed, stage.processes)
-    yield from _memory(shape, trained, stage, setting, adapters=lora is not None, live=live)
+    shared = stage.unit == "pairs" and chosen_path(config.model, stage.length).name == "shared"
+    yield from _memory(shape, trained, stage, setting, adapters=lora is not None, live=live, shared=shared)
     yield f"time: {_time(config, stage, shape, timed)}"
 
 
 def _memory(
-    shape: Shape, trained: int, stage: StagePlan, setting: Setting, *, adapters: bool, live: bool
+    shape: Shape,
+    trained: int,
+    stage: StagePlan,
+    setting: Setting,
+    *,
+    adapters: bool,
+    live: bool,
+    shared: bool,
 ) -> Iterator[str]:
     def totals(checkpointing: bool) -> Mapping[str, int]:
         optimisation = stage.optimisation.model_copy(update={"gradient_checkpointing": checkpointing})
         return training_memory(
-            shape, trained, stage.micro_tokens, optimisation, setting, adapters=adapters, live_reference=live
-        )
+            shape, trained, stage.micro_tokens, optimisation, setting, adapters=adapters, live_reference=live,
+            shared=shared,
+        )  # fmt: skip
 
     own = stage.optimisation.gradient_checkpointing
     chosen, other = totals(own), totals(not own)

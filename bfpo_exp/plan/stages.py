@@ -35,8 +35,10 @@ class StagePlan:
 
     @property
     def microbatch(self) -> int:
-        """Pairs or sequences of a forward pass in one process."""
-        return min(self.optimisation.microbatch, self.share)
+        """Pairs or sequences of a forward pass in one process, where each is as long as it may be."""
+        most = min(self.optimisation.microbatch, self.share)
+        budget = getattr(self.optimisation, "tokens_per_microbatch", None)
+        return most if budget is None else max(1, min(most, budget // (self.sequences * self.length)))
 
     @property
     def share(self) -> int:

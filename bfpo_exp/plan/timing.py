@@ -7,7 +7,7 @@ import time
 import torch
 
 from bfpo_exp.config.schema import Config, Model, SeededOptimisation
-from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import PADDED, LogpsPath, Rows, chosen_path
 from bfpo_exp.models.policy import random_weights, select_trainable
 from bfpo_exp.plan.parameters import Shape
 from bfpo_exp.plan.stages import StagePlan
@@ -37,12 +37,13 @@ def seconds_a_step(config: Config, shape: Shape, stage: StagePlan) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = random_weights(config.model, device, vocab_size=shape.vocabulary)
     engine = PlainEngine(model, select_trainable(model, settings.trainable), settings, 1)
-    rows = _random_rows(stage, shape.vocabulary, device)
+    path = chosen_path(config.model, stage.length) if stage.unit == "pairs" else PADDED
+    rows = _random_rows(stage, path, shape.vocabulary, device)
     seconds = []
     with cpu_threads(settings.threads if isinstance(settings, SeededOptimisation) else config.threads):
         for _ in range(1 + PASSES):
             started = time.perf_counter()
-            logps, _counts = response_logps(model, rows)
+            logps, _counts = path.logps(model, rows)
             engine.backward(-logps.mean())
             engine.step()
             if device.type == "cuda":
@@ -51,10 +52,13 @@ def seconds_a_step(config: Config, shape: Shape, stage: StagePlan) -> float:
     return min(seconds[1:]) * stage.accumulation
 
 
-def _random_rows(stage: StagePlan, vocabulary: int, device: torch.device) -> PaddedRows:
-    """A micro-batch of full length, half of it the responses'."""
+def _random_rows(stage: StagePlan, path: LogpsPath, vocabulary: int, device: torch.device) -> Rows:
+    """A micro-batch of full length, half of each sequence a response."""
     generator = torch.Generator().manual_seed(0)
-    shape = (stage.microbatch * stage.sequences, stage.length)
-    ids = torch.randint(vocabulary, shape, generator=generator).tolist()
     half = stage.length // 2
-    return PaddedRows.of([row[:half] for row in ids], [row[half:] for row in ids], device)
+
+    def ids(*shape: int) -> list:
+        return torch.randint(vocabulary, shape, generator=generator).tolist()
+
+    prompts = ids(stage.microbatch, half)
+    return path.rows(prompts, ids(stage.microbatch, stage.sequences, stage.length - half), device)

@@ -16,6 +16,7 @@ from bfpo_exp.eval.kinds import KINDS
 from bfpo_exp.eval.summary import summarise
 from bfpo_exp.eval.tasks import ChoiceTask, GenerationTask, Prompt, Value
 from bfpo_exp.hashing import code_version, stable_hash
+from bfpo_exp.logprobs.paths import chosen_path
 from bfpo_exp.models.policy import load_policy
 from bfpo_exp.progress import progress
 from bfpo_exp.stages.base import chat_format
@@ -54,8 +55,9 @@ def evaluate(context: Context, policy: Weights) -> tuple[dict[str, float], dict[
     rights = {}
     for name, task in built.items():
         if isinstance(task, ChoiceTask):
-            with progress(name, sum(map(len, task.candidates))) as advance:
-                chosen = choose(model(), chat, task, config.choice_score, progress=advance)
+            path = chosen_path(context.config.model, context.config.data.format.max_length)
+            with progress(name, len(task.prompts)) as advance:
+                chosen = choose(model(), chat, task, config.choice_score, path, advance)
             rights[name] = [c == answer for c, answer in zip(chosen, task.answers, strict=True)]
 
     rows = [row for rows in judged.values() for row in rows]

@@ -20,6 +20,7 @@ from bfpo_exp.data.tokenise import tokenise_pairs
 from bfpo_exp.distributed import group
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version
+from bfpo_exp.logprobs.paths import LogpsPath, chosen_path
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
 from bfpo_exp.losses import LabelOrderWarning, get_loss
 from bfpo_exp.models.lora import add_lora
@@ -63,18 +64,24 @@ def reference_of_stream(context: Context, reference: Weights, tokens: Path, stre
         "reference": reference.key,
         "pairs": tokens.name,
         **context.numerics(),
+        "forward": _path(context).name,
         "code": code_version("logprobs", "models/policy"),
     }
 
     def make(folder: Path) -> None:
         pairs = TokenisedPairs.of([_tokens(tokens)])
         policy = load_policy(reference.path, model, own=reference.own, device=context.device)
-        with progress(f"reference log-probs, {stream}", 2 * len(pairs)) as advance:
-            logps = reference_logps(policy, pairs, advance)
+        with progress(f"reference log-probs, {stream}", len(pairs)) as advance:
+            logps = reference_logps(policy, pairs, _path(context), advance, folder)
         if group().main:
             logps.save(folder)
 
-    return PairLogps.load(context.store.get("reference", made_of, make, together=True))
+    return PairLogps.load(context.store.get("reference", made_of, make, together=True, resumable=True))
+
+
+def _path(context: Context) -> LogpsPath:
+    """How log-probs are computed: the same way by reference and policy, or their ratio would be off."""
+    return chosen_path(context.config.model, context.config.data.format.max_length)
 
 
 def _tokens(folder: Path) -> Dataset:
@@ -115,6 +122,7 @@ def policy(context: Context, start: Weights) -> Weights:
         "loss": config.loss.model_dump(exclude={"first"}),
         "optimisation": config.train.model_dump(exclude={"base", "sft"}),
         "seed": config.seed,
+        "forward": _path(context).name,
         **context.training_numerics(),
         "code": code_version(
             "data/batches", "data/pairs", "logprobs", "losses", "models", "train", "stages/preference"
@@ -132,7 +140,9 @@ def policy(context: Context, start: Weights) -> Weights:
             model = add_lora(model, config.train.lora, config.seed)  # type: ignore[arg-type]
         else:
             select_trainable(model, config.train.trainable)
-        objective = PreferenceObjective(pairs, held or live_reference(model), config, context.device, margin)
+        objective = PreferenceObjective(
+            pairs, held or live_reference(model, _path(context)), config, context.device, margin
+        )
         counts = {f"pairs of {stream}": json.loads((path / COUNTS).read_text()) for stream, path in streams}
         _train(context, model, objective, folder, model_card(config, "preference", counts))
 
@@ -168,7 +178,7 @@ def _train(
         context.log_as("train", file, taken, values | meter.read(taken))
 
     what = f"{config.label}, seed {config.seed}" + (", first stage" if context.role == "first" else "")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), objective.path.during(model):
         warnings.simplefilter("ignore", LabelOrderWarning)  # said once, before the run
         chat = chat_format(context)
         run_stage(context, what, model, objective, config.train, on_log, folder, chat, card)

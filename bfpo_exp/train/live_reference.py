@@ -7,7 +7,7 @@ log-probs as well: with the first values of the trained weights in their place, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from bfpo_exp.config.schema import Deepspeed, Train
 from bfpo_exp.errors import UserError
-from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import LogpsPath, Rows
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -35,7 +35,7 @@ def check_reference(train: Train, deepspeed: Deepspeed) -> None:
 class Reference(Protocol):
     """A reference that computes log-probs when it is asked."""
 
-    def logps(self, rows: PaddedRows) -> tuple[Tensor, Tensor]:
+    def logps(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Summed log-probs (float32, nats) and token counts (int64) of responses, both (rows,), without
         gradients.
         """
@@ -48,36 +48,45 @@ class LiveReference:
     before the first step, and in a run that continues before the checkpoint is loaded.
     """
 
-    def __init__(self, model: PreTrainedModel, trained: Sequence[str]) -> None:
+    def __init__(self, model: PreTrainedModel, trained: Sequence[str], path: LogpsPath) -> None:
         parameters = dict(model.named_parameters())
-        self._model = model
-        self._first = {name: parameters[name].detach().clone() for name in trained}
+        self._logps = _Logps(model, path)
+        self._first = {f"model.{name}": parameters[name].detach().clone() for name in trained}
 
     @torch.no_grad()
-    def logps(self, rows: PaddedRows) -> tuple[Tensor, Tensor]:
+    def logps(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """As `Reference.logps`."""
-        return response_logps(self._forward, rows)  # type: ignore[arg-type]
+        return functional_call(self._logps, self._first, (rows,))
 
-    def _forward(self, **inputs: Any) -> Any:
-        return functional_call(self._model, self._first, (), inputs)
+
+class _Logps(nn.Module):
+    """A model's log-probs as a module, whose weights can be replaced for a call."""
+
+    def __init__(self, model: nn.Module, path: LogpsPath) -> None:
+        super().__init__()
+        self.model, self.path = model, path
+
+    def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Sums and counts, as the path gives them."""
+        return self.path.logps(self.model, rows)
 
 
 class AdapterOff:
     """The model without its adapters, of which there is nothing to copy."""
 
-    def __init__(self, model: PeftModel) -> None:
-        self._model = model
+    def __init__(self, model: PeftModel, path: LogpsPath) -> None:
+        self._model, self._path = model, path
 
     @torch.no_grad()
-    def logps(self, rows: PaddedRows) -> tuple[Tensor, Tensor]:
+    def logps(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """As `Reference.logps`."""
         with self._model.disable_adapter():
-            return response_logps(self._model, rows)  # type: ignore[arg-type]
+            return self._path.logps(self._model, rows)
 
 
-def live_reference(model: nn.Module) -> Reference:
+def live_reference(model: nn.Module, path: LogpsPath) -> Reference:
     """The reference of a model whose weights to be trained are chosen, or that has its adapters."""
     if hasattr(model, "disable_adapter"):
-        return AdapterOff(model)  # type: ignore[arg-type]
+        return AdapterOff(model, path)  # type: ignore[arg-type]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    return LiveReference(model, trained)  # type: ignore[arg-type]
+    return LiveReference(model, trained, path)  # type: ignore[arg-type]

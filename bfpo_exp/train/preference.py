@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,7 +16,7 @@ from bfpo_exp.data.batches import BatchOrder
 from bfpo_exp.data.pairs import TokenisedPairs, order_signs
 from bfpo_exp.distributed import group, sum_
 from bfpo_exp.errors import UserError
-from bfpo_exp.logprobs.padded import PaddedRows, response_logps
+from bfpo_exp.logprobs.paths import Rows, chosen_path, passes
 from bfpo_exp.logprobs.reference import PairLogps
 from bfpo_exp.losses import get_loss
 from bfpo_exp.train.live_reference import Reference
@@ -32,7 +33,7 @@ class PairBatch:
     Attributes:
         indices: row numbers of the pairs, int64 (n,).
         step: the optimisation step that it is a part of, from 0.
-        rows: 2 n rows, first every y_w, then every y_l.
+        rows: their prompts, each with its y_w and its y_l.
         given: what the loss takes beside the policy's log-probs, float32 (n,) each: the reference's
             log-probs ``ref_w``, ``ref_l``, reduced as the loss asks; safety labels ``safe_w``,
             ``safe_l``, NaN where there is none; and the first policy's rewards ``margin_w``,
@@ -42,7 +43,7 @@ class PairBatch:
 
     indices: np.ndarray
     step: int
-    rows: PaddedRows
+    rows: Rows
     given: dict[str, Tensor]
 
 
@@ -70,10 +71,7 @@ class PreferenceObjective:
         self.rows = int(trained.sum())
         mode = config.data.batches if len(config.trained_streams) > 1 else "shuffle"
         self.batches = BatchOrder(config.seed, pairs.stream, config.train.batch, mode, trained)
-        self.lengths = [
-            len(prompt) + max(len(first), len(second))
-            for prompt, first, second in zip(pairs.prompt_ids, pairs.w_ids, pairs.l_ids, strict=True)
-        ]
+        self.path = chosen_path(config.model, config.data.format.max_length)
         self.live = None if isinstance(reference, PairLogps) else reference
         self.columns = {"safe": (pairs.safe_w, pairs.safe_l)}
         if isinstance(reference, PairLogps):
@@ -100,17 +98,21 @@ class PreferenceObjective:
         return self.spec.wanted_sign(every, self.config.loss.hyperparameters).numpy() != 0
 
     def tokens(self, step: int) -> int:
-        """Tokens of a step's batch, prompts counted once for each response."""
-        return sum(
-            2 * len(self.pairs.prompt_ids[i]) + len(self.pairs.w_ids[i]) + len(self.pairs.l_ids[i])
-            for i in self.batches[step]
-        )
+        """Tokens of a step's batch: of each pair, its prompt and both responses."""
+        return sum(sum(self.pairs.lengths[i]) for i in self.batches[step])
 
     def microbatches(self, step: int) -> Iterator[PairBatch]:
-        """This process's pairs of a step, by length, so that micro-batches waste little padding."""
-        batch = np.array(group().share(sorted(self.batches[step], key=self.lengths.__getitem__)))
-        for start in range(0, len(batch), self.config.train.microbatch):
-            yield self.view(batch[start : start + self.config.train.microbatch], step)
+        """This process's pairs of a step, in as many micro-batches as every other process has.
+
+        By length: processes have pairs of all lengths, micro-batches pairs of one, to waste little padding.
+        """
+        lengths, train = self.pairs.lengths, self.config.train
+        batch = sorted(self.batches[step], key=lambda i: lengths[i][0] + max(lengths[i][1:]))
+        shares = [batch[rank :: group().size] for rank in range(group().size)]
+        budget = train.tokens_per_microbatch or math.inf
+        cuts = [passes([lengths[i] for i in s], self.path, train.microbatch, budget) for s in shares]
+        for start, end in _halved(cuts[group().rank], max(map(len, cuts))):
+            yield self.view(np.array(shares[group().rank][start:end]), step)
 
     def view(self, indices: np.ndarray, step: int = 0) -> PairBatch:
         """These pairs as the loss trains on them: swapped where its order says so."""
@@ -122,9 +124,11 @@ class PreferenceObjective:
             given[f"{name}_w"] = torch.from_numpy(first).to(self.device)
             given[f"{name}_l"] = torch.from_numpy(second).to(self.device)
         prompts = [pairs.prompt_ids[i] for i in indices]
-        first_ids = [(pairs.w_ids if k else pairs.l_ids)[i] for i, k in zip(indices, keep, strict=True)]
-        second_ids = [(pairs.l_ids if k else pairs.w_ids)[i] for i, k in zip(indices, keep, strict=True)]
-        rows = PaddedRows.of(prompts + prompts, first_ids + second_ids, self.device)
+        responses = [
+            (pairs.w_ids[i], pairs.l_ids[i]) if k else (pairs.l_ids[i], pairs.w_ids[i])
+            for i, k in zip(indices, keep, strict=True)
+        ]
+        rows = self.path.rows(prompts, responses, self.device)
         return PairBatch(indices, step, rows, given)
 
     def loss(self, model: torch.nn.Module, batch: PairBatch) -> tuple[Tensor, Sums]:
@@ -155,8 +159,7 @@ class PreferenceObjective:
         return None
 
     def _log_probs(self, model: torch.nn.Module, batch: PairBatch) -> dict[str, Tensor]:
-        logps, counts = response_logps(model, batch.rows)  # type: ignore[arg-type]
-        policy_w, policy_l = _of_rows(logps, counts, self.config.loss.logps)
+        policy_w, policy_l = _of_rows(*self.path.logps(model, batch.rows), self.config.loss.logps)
         return {"policy_w": policy_w, "policy_l": policy_l}
 
     def _given(self, batch: PairBatch) -> dict[str, Tensor]:
@@ -223,9 +226,20 @@ class PreferenceObjective:
 
 
 def _of_rows(sums: Tensor, counts: Tensor, reduction: Literal["sum", "mean"]) -> tuple[Tensor, Tensor]:
-    """Log-probs of 2 n rows as those of both responses, summed or as means over tokens; (n,) each."""
-    first, second = (sums / counts if reduction == "mean" else sums).chunk(2)
+    """Log-probs of n pairs' responses, (2 n,), as those of y_w and y_l, summed or per token; (n,) each."""
+    first, second = (sums / counts if reduction == "mean" else sums).view(-1, 2).unbind(1)
     return first, second
+
+
+def _halved(cuts: list[tuple[int, int]], number: int) -> list[tuple[int, int]]:
+    """So many parts of the same whole: those of most items in halves, until there are enough."""
+    cuts = list(cuts)
+    while len(cuts) < number:
+        fullest = max(range(len(cuts)), key=lambda k: cuts[k][1] - cuts[k][0])
+        start, end = cuts[fullest]
+        middle = (start + end) // 2
+        cuts[fullest : fullest + 1] = [(start, middle), (middle, end)]
+    return cuts
 
 
 def _reduced(logps: PairLogps, reduction: Literal["sum", "mean"]) -> tuple[np.ndarray, np.ndarray]:

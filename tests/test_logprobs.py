@@ -186,3 +186,47 @@ def test_log_probs_of_several_sets_one_after_another() -> None:
     both = PairLogps.concatenate([first, second])
     for name, array in vars(both).items():
         assert array.tolist() == getattr(first, name).tolist() + getattr(second, name).tolist()
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_pass_continues_and_gives_the_same_numbers(
+    tiny_model: Callable[..., PreTrainedModel],
+    random_pairs: Callable[..., TokenisedPairs],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reference, "PAIRS", 3)
+    monkeypatch.setattr(reference, "SAVE_SECONDS", 0.0)
+    model, pairs = tiny_model(), random_pairs(20)
+    expected = reference_logps(model, pairs, SHARED)
+    passed: list[int] = []
+
+    def counted(model: PreTrainedModel, rows: Any) -> tuple[Tensor, Tensor]:
+        passed.append(len(rows.response_mask) // 2)
+        return SHARED.logps(model, rows)
+
+    def until(pairs_done: int) -> Callable[[int], None]:
+        done: list[int] = []
+
+        def progress(count: int) -> None:
+            done.append(count)
+            if sum(done) >= pairs_done:
+                raise Killed
+
+        return progress
+
+    path = replace(SHARED, logps=counted)
+    for stop in (4, 9):  # passes of three: the second is over at 6, and then the third at 9
+        with pytest.raises(Killed):
+            reference_logps(model, pairs, path, until(stop), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    last: list[int] = []
+    found = reference_logps(model, pairs, path, last.append, tmp_path)
+    assert passed == [3] * 6 + [2]  # each pair once, over the three tries
+    assert last == [9, 3, 3, 3, 2]
+    assert not list(tmp_path.iterdir())
+    for name, array in vars(expected).items():
+        np.testing.assert_array_equal(getattr(found, name), array)

@@ -158,7 +158,7 @@ def test_log_probs_that_are_not_finite_stop_the_run_and_name_the_pairs(
     monkeypatch.setattr(preference, "chosen_path", lambda *_: replace(SHARED, logps=broken))
     with pytest.raises(UserError, match="log-probs are not finite at step 2 for training pairs") as error:
         stage.policy(context, base_model(context))
-    pairs = TokenisedPairs.of([stage._tokens(stage.tokenised_stream(context, s)) for s in STREAMS])
+    pairs = stage._pairs(*(stage.tokenised_stream(context, s) for s in STREAMS))
     nothing = np.zeros(len(pairs), np.float32)
     logps = PairLogps(nothing, nothing, nothing + 1, nothing + 1)
     (batch,) = PreferenceObjective(pairs, logps, context.config, "cpu").microbatches(1)

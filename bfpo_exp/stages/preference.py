@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import resource
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 
 from bfpo_exp.config.schema import StreamName
 from bfpo_exp.data.pairs import TokenisedPairs
@@ -69,7 +70,7 @@ def reference_of_stream(context: Context, reference: Weights, tokens: Path, stre
     }
 
     def make(folder: Path) -> None:
-        pairs = TokenisedPairs.of([_tokens(tokens)])
+        pairs = _pairs(tokens)
         policy = load_policy(reference.path, model, own=reference.own, device=context.device)
         with progress(f"reference log-probs, {stream}", len(pairs)) as advance:
             logps = reference_logps(policy, pairs, _path(context), advance, folder)
@@ -84,10 +85,11 @@ def _path(context: Context) -> LogpsPath:
     return chosen_path(context.config.model, context.config.data.format.max_length)
 
 
-def _tokens(folder: Path) -> Dataset:
-    tokens = load_from_disk(str(folder / "tokens"))
-    assert isinstance(tokens, Dataset)
-    return tokens
+# The runs of a sweep share their pairs; as lists of token ids they take a while to read.
+@functools.lru_cache(4)
+def _pairs(*folders: Path) -> TokenisedPairs:
+    """The tokenised pairs in these folders, one after another."""
+    return TokenisedPairs.of([load_from_disk(str(folder / "tokens")) for folder in folders])
 
 
 def reference_pass(context: Context, reference: Weights) -> PairLogps:
@@ -130,7 +132,7 @@ def policy(context: Context, start: Weights) -> Weights:
     }
 
     def make(folder: Path) -> None:
-        pairs = TokenisedPairs.of([_tokens(path) for _, path in streams])
+        pairs = _pairs(*(path for _, path in streams))
         margin = reference_pass(context, first) if first else None
         held = reference_pass(context, reference) if config.train.reference == "cached" else None
         model: torch.nn.Module = load_policy(

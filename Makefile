@@ -25,8 +25,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed  ## how long each stage takes on this machine
-	$(BIN)/python benchmarks/stages.py
+bench: $(VENV)/.installed-dev  ## our step and sweeps beside TRL's, and what each stage takes, on this machine
+	$(BIN)/python -m benchmarks
 
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client
 

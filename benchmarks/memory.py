@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from bfpo_exp.data.pairs import TokenisedPairs
+    from bfpo_exp.logprobs.paths import LogpsPath
     from bfpo_exp.logprobs.reference import PairLogps
     from bfpo_exp.train.live_reference import Reference
 
@@ -195,6 +196,7 @@ def trained(shape: Shape, case: Case, device: torch.device) -> dict[str, float]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from bfpo_exp.config.check import checked
+    from bfpo_exp.logprobs.paths import chosen_path
     from bfpo_exp.models.policy import select_trainable
     from bfpo_exp.paths import config_dir
     from bfpo_exp.train.engine import PlainEngine
@@ -204,7 +206,8 @@ def trained(shape: Shape, case: Case, device: torch.device) -> dict[str, float]:
 
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         sizes = [f"train.batch={shape.pairs}", f"train.microbatch={shape.pairs}", f"train.steps={STEPS}"]
-        config = checked(compose("config", ["data.batches=shuffle", *sizes, *case.settings]))
+        words = ["data.batches=shuffle", f"model.dtype={shape.dtype}", *sizes, *case.settings]
+        config = checked(compose("config", words))
     before = resident_bytes("VmRSS")
     with device:
         model = AutoModelForCausalLM.from_config(
@@ -213,15 +216,17 @@ def trained(shape: Shape, case: Case, device: torch.device) -> dict[str, float]:
     parameters = select_trainable(model, config.train.trainable)
     prepare_for_training(model, config.train)
     pairs = random_pairs(shape)
-    objective = PreferenceObjective(pairs, reference_of(case, model, len(pairs)), config, device)
+    path = chosen_path(config.model, 2 * shape.tokens)
+    objective = PreferenceObjective(pairs, reference_of(case, model, path, len(pairs)), config, device)
     engine = PlainEngine(model, parameters, config.train, STEPS)
     ends: list[float] = []
-    train(engine, objective, STEPS, 1, lambda step, values: ends.append(time.perf_counter()))
+    with path.during(model):
+        train(engine, objective, STEPS, 1, lambda step, values: ends.append(time.perf_counter()))
     peak = torch.cuda.max_memory_allocated() if shape.gpu else resident_bytes("VmHWM") - before
     return {"peak_gb": peak / 1e9, "seconds": ends[-1] - ends[-2]}
 
 
-def reference_of(case: Case, model: PreTrainedModel, pairs: int) -> PairLogps | Reference:
+def reference_of(case: Case, model: PreTrainedModel, path: LogpsPath, pairs: int) -> PairLogps | Reference:
     """The case's reference; cached log-probs are zeros here, as their values need no memory."""
     import numpy as np
 
@@ -232,8 +237,8 @@ def reference_of(case: Case, model: PreTrainedModel, pairs: int) -> PairLogps | 
         nothing = np.zeros(pairs, np.float32)
         return PairLogps(nothing, nothing, nothing + 1, nothing + 1)
     if case.reference == "live":
-        return live_reference(model)
-    return LiveReference(copy.deepcopy(model).requires_grad_(False), [])
+        return live_reference(model, path)
+    return LiveReference(copy.deepcopy(model).requires_grad_(False), [], path)
 
 
 def random_pairs(shape: Shape) -> TokenisedPairs:

@@ -18,6 +18,7 @@ from bfpo_exp.data.mix import PairMix
 from bfpo_exp.data.requirements import missing_labels
 from bfpo_exp.errors import UserError
 from bfpo_exp.eval.kinds import check_tasks
+from bfpo_exp.logprobs.paths import chosen_path
 from bfpo_exp.losses import LabelOrderWarning, get_loss
 from bfpo_exp.losses.label import CELLS
 from bfpo_exp.models.lora import check_lora
@@ -28,6 +29,7 @@ from bfpo_exp.stages.context import demo_mix, stream_mix
 from bfpo_exp.train.engines import check_engine
 from bfpo_exp.train.live_reference import check_reference
 from bfpo_exp.train.optimisers import check_optimiser
+from bfpo_exp.train.prepare import check_compile
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +93,8 @@ def _check_lengths(config: Config) -> None:
 
 def _check_preference(config: Config) -> None:
     check_reference(config.train, config.deepspeed)
+    check_compile(config.train)
+    chosen_path(config.model, config.data.format.max_length)
     if config.train.lora:
         check_lora(config.train.lora, config.model)
     if config.data.batches == "balanced" and config.train.batch % 2:

@@ -16,7 +16,7 @@ from bfpo_exp.logprobs.padded import PaddedRows, response_logps
 from bfpo_exp.logprobs.paths import SHARED
 from bfpo_exp.models.policy import select_trainable
 from bfpo_exp.train.live_reference import live_reference
-from bfpo_exp.train.prepare import prepare_for_training
+from bfpo_exp.train.prepare import check_compile, compile_blocks, prepare_for_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,3 +117,45 @@ def test_a_model_without_blocks_is_refused(
     monkeypatch.setattr(model.model, "layers", nn.ModuleList())
     with pytest.raises(UserError, match="gradient_checkpointing=true, but a model of type llama cannot"):
         prepare_for_training(model, asked(True))
+
+
+# ---------------------------------------------------------------- compiled blocks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_give_the_same_gradients(
+    checkpointing: bool,
+    asked: Callable[..., Optimisation],
+    tiny_model: Callable[..., PreTrainedModel],
+    random_pairs: Callable[..., TokenisedPairs],
+) -> None:
+    """Rows of several lengths, through one compilation."""
+    found: list[list[Tensor]] = []
+    for compiled in (False, True):
+        model = tiny_model()
+        select_trainable(model, ["mlp.down_proj"])
+        prepare_for_training(model, asked(checkpointing))
+        if compiled:
+            compile_blocks(model)
+        for seed in range(3):
+            pairs = random_pairs(4, seed=seed)
+            rows = SHARED.rows(pairs.prompt_ids, list(zip(pairs.w_ids, pairs.l_ids, strict=True)), "cpu")
+            with SHARED.during(model):
+                SHARED.logps(model, rows)[0].sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) == 2
+    for gradient, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_what_cannot_be_compiled_is_refused(
+    config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"train\.compile=true, but the model has no blocks"):
+        compile_blocks(nn.Linear(2, 2))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_compile(config().train)
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler on a CPU, and no-such-compiler is not"):
+        check_compile(config("train.compile=true").train)

@@ -279,6 +279,7 @@ class Train(Optimisation):
     """The preference stage, with the two stages before it."""
 
     tokens_per_microbatch: Count | None
+    compile: bool
     reference: Literal["cached", "live"]
     lora: Lora | None
     base: SeededOptimisation

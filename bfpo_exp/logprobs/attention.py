@@ -93,6 +93,7 @@ class VarlenArguments:
         )
 
 
+@torch.compiler.disable  # segments come in varying number
 def attend(
     module: nn.Module,
     query: Tensor,

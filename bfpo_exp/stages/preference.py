@@ -33,6 +33,7 @@ from bfpo_exp.stages.context import Context, Weights
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.train.live_reference import live_reference
 from bfpo_exp.train.preference import PreferenceObjective
+from bfpo_exp.train.prepare import compile_blocks
 
 # How far the first step's loss may lie from its value at policy == reference, relatively, by the
 # weights' dtype: the two are computed in batches of another shape, which moves log-probs in their
@@ -142,6 +143,8 @@ def policy(context: Context, start: Weights) -> Weights:
             model = add_lora(model, config.train.lora, config.seed)  # type: ignore[arg-type]
         else:
             select_trainable(model, config.train.trainable)
+        if config.train.compile:
+            compile_blocks(model)
         objective = PreferenceObjective(
             pairs, held or live_reference(model, _path(context)), config, context.device, margin
         )

@@ -6,11 +6,14 @@ function at first, and a step does not depend on how it is cut into micro-batche
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
-from bfpo_exp.config.schema import Optimisation
+from bfpo_exp.config.schema import Optimisation, Train
 from bfpo_exp.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,10 +36,34 @@ def prepare_for_training(model: PreTrainedModel, optimisation: Optimisation) -> 
         _checkpoint_blocks(model)
 
 
-def _checkpoint_blocks(model: PreTrainedModel) -> None:
+def compile_blocks(model: nn.Module) -> None:
+    """Compile every block by itself (`torch.compile`), for rows of any length; the numbers stay, to rounding.
+
+    Attention over shared prompts is left as it is: its kernels take segments of varying number.  Raises
+    `UserError` for a model without blocks.
+    """
+    blocks = _blocks(model)
+    if not blocks:
+        raise UserError("train.compile=true, but the model has no blocks that can be compiled one by one")
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def check_compile(train: Train) -> None:
+    """A `UserError` where ``train.compile`` cannot work: on a CPU, it needs a C++ compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    if train.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise UserError(f"train.compile=true needs a C++ compiler on a CPU, and {compiler} is not installed")
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _checkpoint_blocks(model: PreTrainedModel) -> None:
+    blocks = _blocks(model)
     if not blocks or not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(
             f"gradient_checkpointing=true, but a model of type {model.config.model_type} cannot do it"

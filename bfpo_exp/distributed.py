@@ -47,6 +47,8 @@ class Group:
 
 
 _alone = False
+_asked_to_stop = False
+_stepping = False
 
 
 def group() -> Group:
@@ -96,12 +98,56 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def ask_to_stop() -> None:
+    """Stop this process: after the step that it takes, or at once where it takes none.
+
+    For handlers of signals.  Raises `KeyboardInterrupt` in the second case.
+    """
+    global _asked_to_stop
+    _asked_to_stop = True
+    if not _stepping:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def stepping() -> Iterator[None]:
+    """In here a process that is asked to stop goes on until it sees so with `asked_to_stop`."""
+    global _asked_to_stop, _stepping
+    _asked_to_stop, _stepping = False, True
+    try:
+        yield
+    finally:
+        _stepping = False
+    if _asked_to_stop:  # after the last look
+        raise KeyboardInterrupt
+
+
+def asked_to_stop() -> bool:
+    """Whether one of the processes was asked; all of them look after the same step."""
+    if group().size == 1:
+        return _asked_to_stop
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return bool(sum_(torch.tensor(float(_asked_to_stop), device=device)))
+
+
 def wait() -> None:
     """Until all processes are here."""
     if group().size > 1:
         import torch.distributed as dist
 
         dist.barrier()
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error is what a process gets when another one, or its machine, is gone.
+
+    NCCL's errors have a class of their own; gloo's name its source files.
+    """
+    import torch.distributed as dist
+
+    return group().size > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
 def told(value: T) -> T:

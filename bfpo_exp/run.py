@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +20,11 @@ from filelock import FileLock
 
 from bfpo_exp.compare.curves import training_curves
 from bfpo_exp.config.schema import Config
+from bfpo_exp.config.schema import Stage as PipelineStage
 from bfpo_exp.data.card import card_metrics, dataset_card
 from bfpo_exp.data.demos import demos_fingerprint
 from bfpo_exp.data.mix import pairs_fingerprint
-from bfpo_exp.distributed import group, join, told
+from bfpo_exp.distributed import group, join, lost_another, told
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version, stable_hash
 from bfpo_exp.losses import get_loss
@@ -36,9 +39,11 @@ from bfpo_exp.stages.context import Context, Weights, demo_mix, device, training
 from bfpo_exp.stages.evaluate import evaluate
 from bfpo_exp.stages.preference import policy, reference_pass, tokenised_stream
 from bfpo_exp.store import Store
+from bfpo_exp.sweep.heartbeat import Heartbeat
 from bfpo_exp.tracking.environment import environment_tags
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.tracking.recorder import Recorder, failed, publish_copy
+from bfpo_exp.tracking.sync_later import LATER, Later
 from bfpo_exp.tracking.tables import write_table
 
 SYNC_SECONDS = 5.0  # between two sendings of a run's metrics while it trains
@@ -47,6 +52,8 @@ COMPUTES = (
     "run",
 )  # fmt: skip
 OTHER_FAILURE = "failure.txt"  # of a process other than the main one
+VANISHED = "another process of the run has vanished"  # and left no word; the reason begins so
+TRACEBACK = "traceback.txt"  # of a failure
 REPORT = "report.txt"  # what a run has to say beyond its scores
 
 
@@ -86,7 +93,12 @@ def run_key(config: Config) -> str:
         "device": device().type,
         "attention": resolved_attention(config.model),
     }
-    return stable_hash([config.model_dump(exclude={"tracking"}), inputs, code_version(*COMPUTES)])
+    return stable_hash([config.model_dump(exclude={"tracking"}), inputs, run_code()])
+
+
+def run_code() -> str:
+    """The version of all code that a run's numbers depend on."""
+    return code_version(*COMPUTES)
 
 
 def _reads_pairs(config: Config) -> bool:
@@ -94,19 +106,26 @@ def _reads_pairs(config: Config) -> bool:
     return asks_held_out or bool({"reference", "preference"} & set(config.stages))
 
 
-def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:
-    """Do a run, or reuse it if it is done.  What goes wrong is recorded and returned, not raised."""
+def run(config: Config, uri: str | None, parent_id: str | None = None, *, wait: bool = True) -> Outcome:
+    """Do a run, or reuse it if it is done.  What goes wrong is recorded and returned, not raised.
+
+    Without a ``uri`` nothing is sent to MLflow; `bfpo_exp.tracking.sync` does so later.
+
+    Where another process does the same run, this one waits for it, or without ``wait`` raises
+    `filelock.Timeout`.
+    """
     started = time.perf_counter()
     before_compute(config.threads)
     join()
     if not group().main:
         return _follow(config)
     run_dir, recorder = _opened(config, uri, parent_id)
-    with FileLock(run_dir / ".lock"):
-        metrics = MetricsFile(run_dir / "metrics.jsonl")
+    with FileLock(run_dir / ".lock", timeout=-1 if wait else 0), Heartbeat(run_dir) as beat:
+        metrics = _Followed(run_dir / "metrics.jsonl", config, beat)
         finished = told(_status(run_dir) == "finished")
         if finished:
-            publish_copy(uri, config.tracking.experiment, run_dir, recorder.name, parent_id)
+            if uri is not None:
+                publish_copy(uri, config.tracking.experiment, run_dir, recorder.name, parent_id)
             return Outcome("reused", metrics.last(), run_dir, time.perf_counter() - started)
         _write(run_dir / "config.yaml", yaml.safe_dump(_shown(config), sort_keys=False))
         (run_dir / OTHER_FAILURE).unlink(missing_ok=True)  # of an earlier try
@@ -114,12 +133,14 @@ def run(config: Config, uri: str, parent_id: str | None = None) -> Outcome:
             _write(run_dir / "tags.json", json.dumps(_tags(config), indent=1))
             recorder.open()
             live = at_most_every(SYNC_SECONDS, recorder.sync)
-            _execute(Context(config, Store(home() / "store"), metrics, live), run_dir)
+            _execute(Context(config, Store(home() / "store"), metrics, live), run_dir, beat.enter)
         except KeyboardInterrupt:
-            _record_failure(run_dir, recorder, _other_failure(run_dir) or "interrupted")
-            raise
+            reason = _record_failure(run_dir, recorder, _other_failure(run_dir) or "interrupted")
+            if reason == "interrupted":
+                raise
+            return Outcome("failed", metrics.last(), run_dir, time.perf_counter() - started, reason)
         except Exception as error:
-            reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            reason = _reason(error)
             # A process that fails breaks the others' connections to it: its own word comes first.
             reason = _record_failure(run_dir, recorder, _other_failure(run_dir) or reason)
             return Outcome("failed", metrics.last(), run_dir, time.perf_counter() - started, reason)
@@ -139,11 +160,37 @@ def _follow(config: Config) -> Outcome:
     try:
         _pipeline(Context(config, Store(home() / "store"), MetricsFile(os.devnull)), None)
     except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        reason = _reason(error)
         traceback.print_exc()
-        _write(run_dir / OTHER_FAILURE, f"process {group().rank}: {' '.join(reason.split())}")
+        if not reason.startswith(VANISHED):
+            _write(run_dir / OTHER_FAILURE, f"process {group().rank}: {' '.join(reason.split())}")
         return Outcome("failed", {}, run_dir, time.perf_counter() - started, reason)
     return Outcome("finished", {}, run_dir, time.perf_counter() - started)
+
+
+def _reason(error: Exception) -> str:
+    """Why a run failed, in words."""
+    if isinstance(error, UserError):
+        return str(error)
+    words = f"{type(error).__name__}: {error}"
+    return f"{VANISHED} ({words})" if lost_another(error) else words
+
+
+class _Followed(MetricsFile):
+    """The run's metrics file, which tells the heartbeat what step it has come to."""
+
+    def __init__(self, path: Path, config: Config, beat: Heartbeat) -> None:
+        super().__init__(path)
+        train = config.train
+        self._beat = beat
+        self._totals = {
+            "base": train.base.steps, "sft": train.sft.steps, "train": train.steps, "first": train.steps,
+        }  # fmt: skip
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        super().append(step, metrics)
+        for stage in {name.partition("/")[0] for name in metrics} & set(self._totals):
+            self._beat.at(step, self._totals[stage], metrics.get("perf/pairs_per_second"))
 
 
 def _other_failure(run_dir: Path) -> str | None:
@@ -152,7 +199,7 @@ def _other_failure(run_dir: Path) -> str | None:
     return file.read_text() if group().size > 1 and file.exists() else None
 
 
-def give_up(config: Config, uri: str, parent_id: str | None, reason: str) -> Outcome:
+def give_up(config: Config, uri: str | None, parent_id: str | None, reason: str) -> Outcome:
     """Record as failed a run whose process died and could not say so itself."""
     run_dir, recorder = _opened(config, uri, parent_id)
     _write(run_dir / "config.yaml", yaml.safe_dump(_shown(config), sort_keys=False))
@@ -160,19 +207,33 @@ def give_up(config: Config, uri: str, parent_id: str | None, reason: str) -> Out
     return Outcome("failed", {}, run_dir, 0.0, reason)
 
 
-def _opened(config: Config, uri: str, parent_id: str | None) -> tuple[Path, Recorder]:
+def _opened(config: Config, uri: str | None, parent_id: str | None) -> tuple[Path, Recorder]:
     run_dir = home() / "run" / run_key(config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    name = f"{config.label}-s{config.seed}-{run_dir.name[:6]}"
+    name = display_name(config, run_dir)
+    if uri is None:
+        return run_dir, Later(run_dir, name)
+    (run_dir / LATER).unlink(missing_ok=True)
     return run_dir, Recorder(uri, config.tracking.experiment, run_dir, name, parent_id)
+
+
+def display_name(config: Config, run_dir: Path) -> str:
+    """The name of a run in MLflow."""
+    return f"{config.label}-s{config.seed}-{run_dir.name[:6]}"
+
+
+def show_in(config: Config, uri: str, parent_id: str, run_dir: Path) -> None:
+    """Send MLflow what it lacks of a finished run as a run of this sweep."""
+    publish_copy(uri, config.tracking.experiment, run_dir, display_name(config, run_dir), parent_id)
 
 
 def _record_failure(run_dir: Path, recorder: Recorder, reason: str) -> str:
     """Traceback into a file, the reason in one line (which is returned) into status and tags."""
     reason = " ".join(reason.split())
-    (run_dir / "artifacts").mkdir(exist_ok=True)
-    (run_dir / "artifacts" / "traceback.txt").write_text(traceback.format_exc())
-    _write(run_dir / "status.json", json.dumps({"status": "failed", "reason": reason}))
+    with contextlib.suppress(OSError):  # a full disk may be the reason
+        (run_dir / "artifacts").mkdir(exist_ok=True)
+        (run_dir / "artifacts" / TRACEBACK).write_text(traceback.format_exc())
+        _write(run_dir / "status.json", json.dumps({"status": "failed", "reason": reason}))
     recorder.finish("FAILED", failed(reason))
     return reason
 
@@ -184,37 +245,54 @@ def _shown(config: Config) -> dict[str, Any]:
     return shown
 
 
-def _execute(context: Context, run_dir: Path) -> None:
+def _execute(context: Context, run_dir: Path, enter: Callable[[str], None]) -> None:
     """Every stage that was asked for, and the curves of what was trained."""
     config = context.config
     artifacts = run_dir / "artifacts"
     artifacts.mkdir(exist_ok=True)
-    (artifacts / "traceback.txt").unlink(missing_ok=True)  # of an earlier try
+    (artifacts / TRACEBACK).unlink(missing_ok=True)  # of an earlier try
     _write(artifacts / "config.yaml", (run_dir / "config.yaml").read_text())
 
     if "bandit" in config.stages:
+        enter("bandit")
         (artifacts / REPORT).write_text(bandit(context, run_dir))
     if config.pipeline:
-        _pipeline(context, artifacts)
+        _pipeline(context, artifacts, enter)
     context.metrics.close()
     training_curves(context.metrics, artifacts / "training.png", f"{config.label}, seed {config.seed}")
 
 
-def _pipeline(context: Context, artifacts: Path | None) -> None:
+def make_ahead(config: Config, stages: Sequence[PipelineStage]) -> None:
+    """Make the results of these stages that runs share; there is no run of it, and nothing is recorded."""
+    before_compute(config.threads)
+    join()
+    cut = config.model_copy(update={"stages": list(stages)})
+    with tempfile.TemporaryDirectory() as aside:
+        _pipeline(Context(cut, Store(home() / "store"), MetricsFile(Path(aside) / "metrics.jsonl")), None)
+
+
+def _pipeline(
+    context: Context, artifacts: Path | None, enter: Callable[[str], None] = lambda stage: None
+) -> None:
     """From a base model to the scores of a policy; ``artifacts`` is None where another process writes."""
     config = context.config
+    enter("base")
     weights = base_model(context)
     if "sft" in config.stages:
+        enter("sft")
         weights = sft_model(context, weights)
     if {"reference", "preference"} & set(config.stages):
         _describe_data(context, weights, artifacts)
         if config.train.reference == "cached":
+            enter("reference")
             reference_pass(_first_trained(context), weights)
     if "preference" in config.stages:
+        enter("preference")
         weights = policy(context, weights)
     if artifacts and weights.own:
         _link(artifacts.parent / "model", Path(weights.path))
     if "evaluate" in config.stages:
+        enter("evaluate")
         scores, responses = evaluate(context, weights)
         if artifacts is None:
             return

@@ -93,8 +93,9 @@ def sweep_jobs(params: Mapping[Any, Any]) -> Iterator[list[str]]:
 def test_every_value_of_an_experiments_sweep_is_valid(
     choice: str, compose: Callable[..., DictConfig], config: Callable[..., Config]
 ) -> None:
-    params = compose(choice, hydra_too=True).hydra.sweeper.params
-    for job in sweep_jobs(params) if params else ():  # an experiment may be of one run
+    sweeper = compose(choice, hydra_too=True).hydra.sweeper
+    searched = sweeper._target_.endswith(".OptunaSweeper")  # tests/test_search.py tries its corners
+    for job in sweep_jobs(sweeper.params) if sweeper.params and not searched else ():  # it may be one run
         config(choice, *job)
 
 

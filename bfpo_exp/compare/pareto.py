@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +80,9 @@ def plot_pareto(
         axes.set_title(comparison.title)
         axes.set_xlabel(_axis(x))
         axes.set_ylabel(_axis(y))
-        drawn.supxlabel(_key(points, along), fontsize=7.5, color=GREY, x=0.01, ha="left")
+        drawn.supxlabel(
+            _key(points, along or _searched(comparison)), fontsize=7.5, color=GREY, x=0.01, ha="left"
+        )
         place_labels(axes, [_label(p, groups.index(p.group), along) for p in points])
         return [save(drawn, path) for path in files]
 
@@ -94,7 +96,8 @@ def _points(comparison: Comparison, x: str, y: str) -> tuple[list[Point], str | 
         if cell_x is None or cell_y is None or not math.isfinite(cell_x.mean + cell_y.mean):
             continue
         if along is None:
-            points.append(Point(cell_x, cell_y, row.values[0] if row.values else "", row.label, place))
+            words = [value for value in row.values if number(value) is None and value != MISSING]
+            points.append(Point(cell_x, cell_y, words[0] if words else "", row.label, place))
             continue
         rest = [
             f"{value}" if number(value) is None else f"{name} {value}"
@@ -104,15 +107,32 @@ def _points(comparison: Comparison, x: str, y: str) -> tuple[list[Point], str | 
         here = number(row.values[along])
         note = "" if here is None else row.values[along]
         points.append(Point(cell_x, cell_y, ", ".join(rest), note, place if here is None else here))
+    if along is None and _searched(comparison):  # too many points to name them all
+        front = _front(points, x, y)
+        points = [p if i in front else replace(p, note="") for i, p in enumerate(points)]
     return points, None if along is None else comparison.names[along]
 
 
+def _searched(comparison: Comparison) -> str:
+    """What the names of a search's points are made of: its params, if any is a number; else nothing."""
+    numeric = any(number(value) is not None for row in comparison.rows for value in row.values)
+    return ", ".join(comparison.names) if numeric else ""
+
+
+def _front(points: Sequence[Point], x: str, y: str) -> list[int]:
+    """The points on the Pareto front, by rising x."""
+    sign_x, sign_y = (-1 if metric in LOWER_IS_BETTER else 1 for metric in (x, y))
+    return pareto_front([(sign_x * p.x.mean, sign_y * p.y.mean) for p in points])
+
+
 def _along(comparison: Comparison) -> int | None:
-    """The number of the numeric identifying param with most values, if it has more than one."""
+    """The number of the numeric identifying param with most values, if any settings differ in it alone."""
     counts = {}
+    rows = [row.values for row in comparison.rows if row.values]
     for i in range(len(comparison.names)):
-        values = {row.values[i] for row in comparison.rows if row.values} - {MISSING}
-        if len(values) > 1 and all(number(value) is not None for value in values):
+        values = {row[i] for row in rows} - {MISSING}
+        joins = len({row[:i] + row[i + 1 :] for row in rows}) < len(rows)
+        if joins and len(values) > 1 and all(number(value) is not None for value in values):
             counts[i] = len(values)
     return max(counts, key=lambda i: counts[i]) if counts else None
 
@@ -148,9 +168,7 @@ def _draw_group(axes: Axes, group: Sequence[Point], number: int, joined: bool) -
 
 
 def _draw_front(axes: Axes, points: Sequence[Point], x: str, y: str) -> None:
-    sign_x, sign_y = (-1 if metric in LOWER_IS_BETTER else 1 for metric in (x, y))
-    front = pareto_front([(sign_x * p.x.mean, sign_y * p.y.mean) for p in points])
-    means = [(points[i].x.mean, points[i].y.mean) for i in front]
+    means = [(points[i].x.mean, points[i].y.mean) for i in _front(points, x, y)]
     axes.plot(*zip(*means, strict=True), color=LIGHT, linewidth=6, solid_capstyle="round", zorder=2)
 
 
@@ -169,7 +187,7 @@ def _axis(metric: str) -> str:
     return f"{title} (%), " + ("← better" if metric in LOWER_IS_BETTER else "better →")
 
 
-def _key(points: Sequence[Point], along: str | None) -> str:
+def _key(points: Sequence[Point], along: str) -> str:
     counts = sorted({min(p.x.n, p.y.n) for p in points})
     n = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     parts = [

@@ -2,64 +2,100 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from bfpo_exp.config.schema import Tracking
-from bfpo_exp.run import Outcome
+from bfpo_exp.paths import home
+from bfpo_exp.run import REPORT, show_in
+from bfpo_exp.sweep.manifest import Manifest
+from bfpo_exp.sweep.state import DONE, JobState, job_states, summary, unfinished
+from bfpo_exp.tracking.parent import finish_parent, has_child
+from bfpo_exp.tracking.store import resolve
+
+log = logging.getLogger(__name__)
+FAILURES_SHOWN = 20
+_noted: dict[Path, Manifest] = {}
 
 
-@dataclass
-class Sweep:
-    """A sweep that has run in this process, perhaps in several batches."""
-
-    uri: str
-    tracking: Tracking
-    folder: Path
-    parent_id: str
-    outcomes: list[Outcome] = field(default_factory=list)
-
-
-_sweeps: dict[str, Sweep] = {}
-
-
-def note(uri: str, tracking: Tracking, folder: Path, parent_id: str, outcomes: Sequence[Outcome]) -> None:
-    """Remember a batch of a sweep's runs until the sweep ends."""
-    _sweeps.setdefault(parent_id, Sweep(uri, tracking, folder, parent_id)).outcomes.extend(outcomes)
+def note(manifest: Manifest) -> None:
+    """Remember a sweep that runs in this process until it ends."""
+    _noted[manifest.folder] = manifest
 
 
 def conclude() -> int:
-    """Print and record the comparison of each sweep that ran; the exit code: 1 if a run failed."""
+    """Print and record the comparison of each sweep that ran here; the exit code: 1 if a job is not done."""
+    codes = [concluded(Manifest.load(folder)) for folder in _noted]
+    _noted.clear()
+    return max(codes, default=0)
+
+
+def concluded(manifest: Manifest) -> int:
+    """Print and record the comparison of a sweep's runs, and end its MLflow run; the exit code."""
     from bfpo_exp.compare.render import show
     from bfpo_exp.compare.report import sweep_report
-    from bfpo_exp.tracking.parent import finish_parent
 
-    bad = 0
-    for sweep in _sweeps.values():
-        table, files = sweep_report(
-            sweep.uri, sweep.tracking.experiment, sweep.parent_id, sweep.folder / "comparison"
+    uri = _uri(manifest)
+    states = job_states(manifest)
+    unsent = _send_what_is_missing(manifest, [state.number for state in states if state.state in DONE])
+    table, files = sweep_report(uri, manifest.experiment, manifest.parent_id, manifest.folder / "comparison")
+    for state in states:
+        report = manifest.run_dir(state.number) / "artifacts" / REPORT
+        if state.state in DONE and report.exists():
+            print(f"{_shown(report.parents[1])}\n{report.read_text()}\n")
+    print(table) if isinstance(table, str) else show(table)
+    left = unfinished(states)
+    finish_parent(uri, manifest.parent_id, files, "FAILED" if left else "FINISHED")
+    _print_counts(manifest, states)
+    if files:
+        print(f"table and plot: {_shown(files[0].parent)} ({', '.join(f.name for f in files)})")
+        print(f"table again:    {_command('bfpo-compare')} {manifest.name}")
+    if left:
+        print(f"do the rest:    {_command('bfpo-sweep')} resume {manifest.name}")
+    elif unsent:
+        print(
+            f"not yet in MLflow: {unsent} runs; to send them: {_command('bfpo-sweep')} resume {manifest.name}"
         )
-        for outcome in sweep.outcomes:
-            if outcome.report:
-                print(f"{_shown(outcome.run_dir)}\n{outcome.report}\n")
-        print(table) if isinstance(table, str) else show(table)
-        failures = [o for o in sweep.outcomes if o.status == "failed"]
-        bad += len(failures)
-        finish_parent(sweep.uri, sweep.parent_id, files, "FAILED" if failures else "FINISHED")
-        reused = sum(o.status == "reused" for o in sweep.outcomes)
-        runs = f"{len(sweep.outcomes)} run{'s' if len(sweep.outcomes) > 1 else ''}"
-        print(f"\n{runs}, of which {reused} reused and {len(failures)} failed")
-        for failure in failures:
-            print(f"  {failure.run_dir}: {failure.reason}")
-        if files:
-            print(f"table and plot: {_shown(files[0].parent)} ({', '.join(f.name for f in files)})")
-            print(f"table again:    {_command('bfpo-compare')} {sweep.folder.name}")
-        print(f"dashboard:      {_command('bfpo-ui')}")
-    _sweeps.clear()
-    return 1 if bad else 0
+    print(f"dashboard:      {_command('bfpo-ui')}")
+    return 1 if left else 0
+
+
+def _send_what_is_missing(manifest: Manifest, numbers: Sequence[int]) -> int:
+    """Send what MLflow lacks of finished runs, if it was away when they ended; how many it still lacks."""
+    uri, parent_id = _uri(manifest), manifest.parent_id
+    missing = [number for number in numbers if not has_child(uri, parent_id, manifest.run_dir(number))]
+    for sent, number in enumerate(missing):
+        show_in(manifest.config(number), uri, parent_id, manifest.run_dir(number))
+        if not has_child(uri, parent_id, manifest.run_dir(number)):  # the others would wait in vain, too
+            return len(missing) - sent
+    return 0
+
+
+def _print_counts(manifest: Manifest, states: Sequence[JobState]) -> None:
+    reused = sum(state.state == "reused" for state in states)
+    failed = [state for state in states if state.state == "failed"]
+    undone = len(unfinished(states)) - len(failed)
+    runs = f"{len(states)} run{'s' if len(states) > 1 else ''}"
+    not_done = f", {undone} not done" if undone else ""
+    print(f"\n{runs}, of which {reused} reused and {len(failed)} failed{not_done}")
+    for state in failed[:FAILURES_SHOWN]:
+        print(f"  {manifest.run_dir(state.number)}: {state.reason}")
+    if len(failed) > FAILURES_SHOWN:
+        print(f"  and {len(failed) - FAILURES_SHOWN} more")
+
+
+def interrupted(manifest: Manifest) -> None:
+    """End the MLflow run of a sweep that was interrupted, and say how to go on."""
+    finish_parent(_uri(manifest), manifest.parent_id, [], "KILLED")
+    log.info("sweep %s interrupted: %s", manifest.name, summary(job_states(manifest)))
+    log.info("go on with: %s resume %s", _command("bfpo-sweep"), manifest.name)
+
+
+def _uri(manifest: Manifest) -> str:
+    """Where the sweep is recorded, with the credentials that the manifest leaves out."""
+    return resolve(manifest.config(0).tracking.uri, home())
 
 
 def _shown(path: Path) -> Path:

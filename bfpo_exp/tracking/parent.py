@@ -11,6 +11,7 @@ from bfpo_exp.errors import UserError
 from bfpo_exp.tracking.client import connect, in_one_line
 from bfpo_exp.tracking.params import flatten
 from bfpo_exp.tracking.publication import Publication
+from bfpo_exp.tracking.recorder import PUBLICATION
 from bfpo_exp.tracking.runs import KIND, open_run
 
 PARENT_FILE = "mlflow_parent.json"
@@ -39,8 +40,21 @@ def open_parent(
         raise UserError(f"cannot record the sweep {sweep_name!r} to {uri}: {in_one_line(error)}") from None
 
 
+def has_child(uri: str, parent_id: str, run_dir: Path) -> bool:
+    """Whether MLflow was sent the whole of a finished run as a child of this sweep; the folder knows."""
+    sent = Publication.load(run_dir / PUBLICATION, uri)
+    if sent.parent_id != parent_id:
+        sent = Publication.load(run_dir / f"mlflow-{parent_id}.json", uri)
+    metrics = run_dir / "metrics.jsonl"
+    size = metrics.stat().st_size if metrics.exists() else 0
+    return sent.status == "FINISHED" and sent.offset == size
+
+
 def finish_parent(
-    uri: str, run_id: str, artifacts: Iterable[Path], status: Literal["FINISHED", "FAILED"] = "FINISHED"
+    uri: str,
+    run_id: str,
+    artifacts: Iterable[Path],
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED",
 ) -> None:
     """Attach files (tables, plots) to a sweep's run and end it; a failure is only a warning."""
     client = connect(uri)

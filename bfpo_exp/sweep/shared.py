@@ -1,0 +1,93 @@
+"""What the jobs of a sweep share, so that it can be made once, ahead of them.
+
+A scheduler that starts every job at once would have most of them wait while one makes the base
+model.  `shared_stages` says what to make first, and which jobs wait for it; it is made by
+
+    python -m bfpo_exp.sweep.job SWEEP_DIR --only base,sft NUMBER
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bfpo_exp.config.schema import Config, Stage
+from bfpo_exp.hashing import stable_hash
+
+MODELS: tuple[Stage, ...] = ("base", "sft")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Stages whose results several jobs share.
+
+    Attributes:
+        stages: what is to be made, for `bfpo_exp.run.make_ahead`.
+        numbers: the jobs that wait for it; the config of any of them makes it.
+        after: place in the list of what is to be made before it; None: nothing.
+    """
+
+    stages: tuple[Stage, ...]
+    numbers: tuple[int, ...]
+    after: int | None = None
+
+
+def shared_stages(configs: Mapping[int, Config]) -> list[Shared]:
+    """What at least two of these jobs share: models first, then the reference's log-probs on them.
+
+    Jobs are put together by the parts of their configs that `bfpo_exp.stages` makes the keys of its
+    results of.  Groups that differ may still share an entry of the store, such as the log-probs of one
+    of their streams; it is made once all the same.
+    """
+    found: list[Shared] = []
+    models: dict[str, list[int]] = {}
+    for number, config in configs.items():
+        if _model_stages(config):
+            models.setdefault(stable_hash(_models_part(config)), []).append(number)
+    place: dict[str, int] = {}
+    for key, numbers in models.items():
+        if len(numbers) > 1:
+            place[key] = len(found)
+            found.append(Shared(_model_stages(configs[numbers[0]]), tuple(numbers)))
+    references: dict[tuple[str, str], list[int]] = {}
+    for number, config in configs.items():
+        if {"reference", "preference"} & set(config.stages) and config.train.reference == "cached":
+            keys = stable_hash(_models_part(config)), stable_hash(_reference_part(config))
+            references.setdefault(keys, []).append(number)
+    for (model, _), numbers in references.items():
+        if len(numbers) > 1:
+            stages: tuple[Stage, ...] = (*_model_stages(configs[numbers[0]]), "reference")
+            found.append(Shared(stages, tuple(numbers), place.get(model)))
+    return found
+
+
+def _model_stages(config: Config) -> tuple[Stage, ...]:
+    """The stages that make the model which the preference stage starts from; pretrained weights need none."""
+    made = [stage for stage in MODELS if stage in config.stages]
+    return () if made == ["base"] and config.model.path is not None else tuple(made)
+
+
+def _models_part(config: Config) -> list[Any]:
+    """What the base and SFT model are made of; demonstrations are the same whatever pairs are trained on."""
+    return [
+        _model_stages(config),
+        config.model.model_dump(exclude={"name"}),
+        config.data.model_dump(include={"seed", "heldout", "sft", "ranker", "format"}),
+        config.train.base.model_dump(),
+        config.train.sft.model_dump() if "sft" in config.stages else None,
+        config.deepspeed.model_dump(),
+        config.threads,
+    ]
+
+
+def _reference_part(config: Config) -> list[Any]:
+    """What the pairs are made of whose log-probs are taken: those of the loss that is trained first."""
+    first = config.loss
+    while first.first is not None:
+        first = first.first
+    streams = set(config.data.streams)
+    pairs = {
+        name: source.model_dump() for name, source in config.data.pairs.items() if source.stream in streams
+    }
+    return [sorted(streams), sorted(first.streams or streams), pairs]

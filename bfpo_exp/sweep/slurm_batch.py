@@ -1,0 +1,162 @@
+"""The part of a SLURM job that starts its processes, sees them end, and knows what to do then.
+
+    python -m bfpo_exp.sweep.slurm_batch SWEEP_DIR ARRAY
+
+It is what the script of an array ends in, on the first node of each job.  The processes are those of
+`bfpo_exp.sweep.job`, one a GPU.  They keep how a job of the sweep ended; what they could not say any
+more is said here.  A job is queued again at its time limit; SLURM itself does so when the job is
+preempted, or a node fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bfpo_exp.sweep.heartbeat import last_beat
+from bfpo_exp.sweep.manifest import Manifest
+from bfpo_exp.sweep.slurm_jobs import Array
+from bfpo_exp.sweep.state import Ending
+from bfpo_exp.sweep.workers import _death
+
+FAILURE = "failure.txt"  # `bfpo_exp.run.OTHER_FAILURE`, whose module is heavy
+NODE_PATIENCE = 330.0  # seconds; SLURM's own, SlurmdTimeout, is 300 unless a cluster sets it
+# Each process's place in the group, in the words that PyTorch and DeepSpeed read.
+RANKS = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
+
+
+class Batch:
+    """One job of an array."""
+
+    def __init__(self, manifest: Manifest, array: Array, index: int) -> None:
+        self.manifest = manifest
+        self.array = array
+        self.task = array.tasks[index]
+        self.step: subprocess.Popen[bytes] | None = None
+        self.time_is_up = False
+        self.ended_by_slurm = False
+
+    def time_limit_nears(self, number: int, frame: object) -> None:
+        """Have the processes save and end; srun hands the signal on."""
+        self.time_is_up = True
+        if self.step is not None:
+            self.step.send_signal(signal.SIGUSR2)
+
+    def ended(self, number: int, frame: object) -> None:
+        """SLURM ends the job, and has told all processes of it itself."""
+        if self.time_is_up and not self.ended_by_slurm:  # too little time was left to save
+            self.queue_again()
+        self.ended_by_slurm = True
+
+    def left(self) -> list[int]:
+        """The jobs of the sweep that have not ended."""
+        return [n for n in self.task.numbers if Ending.of(self.manifest.job_dir(n)) is None]
+
+    def run(self) -> None:
+        """Do what is left of the task."""
+        while (numbers := self.left()) and not self.manifest.cancelled:
+            started = time.time()
+            code = self.do(numbers)
+            if self.ended_by_slurm:
+                return
+            if self.time_is_up and self.unfinished(code):
+                self.queue_again()
+                return
+            if self.task.stages and not code:
+                return
+            if self.left() != numbers:
+                continue
+            begun = next((n for n in numbers if self.was_begun(n, started)), numbers[0])
+            words = self.last_words(begun, started)
+            if words is None and self.array.nodes > 1 and self.a_node_has_died():
+                return
+            if self.task.stages:
+                self.fail(numbers, f"what it shares with other jobs ({self.what}) failed: {_died(code)}")
+            else:
+                self.fail([begun], words or _died(code))
+
+    def do(self, numbers: Sequence[int]) -> int:
+        """Start the processes and wait for their end; srun's exit code."""
+        only = ["--only", self.what] if self.task.stages else []
+        words = [sys.executable, "-m", "bfpo_exp.sweep.job", str(self.manifest.folder), *only]
+        ranks = ["bash", "-c", RANKS, "rank"] if self.array.processes > 1 else []
+        self.step = subprocess.Popen(
+            ["srun", "--kill-on-bad-exit=1", *ranks, *words, *map(str, numbers)], stdin=subprocess.DEVNULL
+        )
+        if self.time_is_up:  # in the moment before
+            self.step.send_signal(signal.SIGUSR2)
+        return self.step.wait()
+
+    def a_node_has_died(self) -> bool:
+        """Wait as long as SLURM may take to see that a node is gone; it then ends the job and requeues it."""
+        deadline = time.monotonic() + NODE_PATIENCE
+        while time.monotonic() < deadline and not self.ended_by_slurm:
+            time.sleep(1.0)
+        return self.ended_by_slurm
+
+    @property
+    def what(self) -> str:
+        """The shared stages as they stand on a command line."""
+        return ",".join(self.task.stages)
+
+    @property
+    def id(self) -> str:
+        """Its name for SLURM; one job of an array has the array's own number as its id."""
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+
+    def unfinished(self, code: int) -> bool:
+        """Whether something of the task is not done yet."""
+        return bool(code if self.task.stages else self.left())
+
+    def was_begun(self, number: int, since: float) -> bool:
+        """Whether a process was at the job's run."""
+        last = last_beat(self.manifest.run_dir(number))
+        return last is not None and last[1] >= since
+
+    def last_words(self, number: int, since: float) -> str | None:
+        """What a process other than the main one died of."""
+        file = self.manifest.run_dir(number) / FAILURE
+        return file.read_text() if file.exists() and file.stat().st_mtime >= since else None
+
+    def fail(self, numbers: Sequence[int], reason: str) -> None:
+        """Keep that these jobs failed."""
+        print(f"failed: {reason}", flush=True)
+        for number in numbers:
+            Ending("failed", 0.0, reason).save(self.manifest.job_dir(number))
+
+    def queue_again(self) -> None:
+        """Go to the queue's end, unless that has been too often."""
+        self.ended_by_slurm = True
+        before = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        if before >= self.array.requeues:
+            limit = f"requeues={self.array.requeues}"
+            return self.fail(
+                self.left(), f"its time was up, and it was queued again {before} times ({limit})"
+            )
+        done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True, check=False)
+        print(f"time is up; {done.stderr.strip() or 'queued again'}", flush=True)
+        return None
+
+
+def _died(code: int) -> str:
+    return _death(128 - code if code > 128 else code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Always 0: how jobs ended is in their files, and a job that SLURM calls failed would say less."""
+    folder, array = sys.argv[1:] if argv is None else argv
+    manifest = Manifest.load(Path(folder))
+    batch = Batch(manifest, Array.load(manifest, int(array)), int(os.environ["SLURM_ARRAY_TASK_ID"]))
+    signal.signal(signal.SIGUSR2, batch.time_limit_nears)
+    signal.signal(signal.SIGTERM, batch.ended)
+    batch.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

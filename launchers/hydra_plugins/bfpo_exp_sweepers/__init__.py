@@ -1,0 +1,1 @@
+"""Hydra sweepers of bfpo-exp, found by Hydra under the namespace ``hydra_plugins``."""

@@ -11,7 +11,7 @@ import traceback
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from bfpo_exp.distributed import group
+from bfpo_exp.distributed import ask_to_stop, group
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import HOME_VARIABLE, config_dir, home
 from bfpo_exp.plan.dry_run import FLAG, without_traces
@@ -63,16 +63,13 @@ def main() -> None:
 def _join_in() -> None:
     """Set up one of several processes that do a run together: the main one alone speaks.
 
-    The launcher ends the others with a signal when one of them fails; it becomes an interruption,
-    which the run records.
+    The launcher ends the others with a signal when one of them fails; it becomes an interruption, after
+    the step that is being taken, which the run records.
     """
 
     from bfpo_exp import progress
 
-    def interrupted(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupted)
+    signal.signal(signal.SIGTERM, lambda number, frame: ask_to_stop())
     if not group().main:
         aside = tempfile.mkdtemp()  # for what Hydra writes of every process
         sys.argv += ["hydra.output_subdir=null", f"hydra.run.dir={aside}", f"hydra.sweep.dir={aside}"]

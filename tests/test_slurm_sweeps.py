@@ -206,7 +206,6 @@ def test_two_nodes_with_two_processes_each_equal_one(
     (broken / "sitecustomize.py").write_text(BREAK)
     setup = f'test ! -d {broken} || export PYTHONPATH="{broken}:$PYTHONPATH"'
     words = ["stages=[base,sft,reference,preference]", "train.steps=20", "train.log_every=1"]
-    words.append("model.forward=padded")
     manifest = handed_in(
         *LAUNCHER, *words, "deepspeed=zero2", "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=2",
         f"hydra.launcher.setup=['{setup}']",

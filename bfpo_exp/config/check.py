@@ -25,14 +25,14 @@ def checked(composed: DictConfig) -> Config:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         raise UserError(str(error).split("full_key")[0]) from None
-    config = _validated(Config, plain, prefix="")
+    config = validated(Config, plain, prefix="")
     return config.model_copy(update={"loss": _checked_loss(config.loss, config.data, prefix="loss.")})
 
 
 def _checked_loss(loss: Loss, data: Data, prefix: str) -> Loss:
     """The loss with its hyper-parameters checked against its function's signature."""
     spec = get_loss(loss.name)
-    values = _validated(spec.hyperparameters, loss.hyperparameters, prefix).model_dump()
+    values = validated(spec.hyperparameters, loss.hyperparameters, prefix).model_dump()
     if spec.orders and loss.order not in spec.orders:
         raise UserError(
             f"{prefix}order={loss.order} is not allowed: loss {loss.name} is defined on pairs ordered by "
@@ -59,7 +59,8 @@ def _checked_loss(loss: Loss, data: Data, prefix: str) -> Loss:
     return loss.model_copy(update={**values, "first": first})
 
 
-def _validated(model: type[M], values: Any, prefix: str) -> M:
+def validated(model: type[M], values: Any, prefix: str) -> M:
+    """The typed values; raises `UserError` for the first that is wrong, whose key begins with ``prefix``."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

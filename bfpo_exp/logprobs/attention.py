@@ -248,7 +248,7 @@ def shared_attention(model: nn.Module) -> Iterator[None]:
     kernel.
     """
     _register()
-    config: Any = model.config
+    config: Any = getattr(model, "module", model).config  # of the model inside, if an engine is around it
     before = config._attn_implementation
     config._attn_implementation = FLASH_NAME if before in ("flash_attention_2", FLASH_NAME) else NAME
     try:

@@ -51,14 +51,14 @@ def concluded(manifest: Manifest) -> int:
     _print_counts(manifest, states)
     if files:
         print(f"table and plot: {_shown(files[0].parent)} ({', '.join(f.name for f in files)})")
-        print(f"table again:    {_command('bfpo-compare')} {manifest.name}")
+        print(f"table again:    {command('bfpo-compare')} {manifest.name}")
     if left:
-        print(f"do the rest:    {_command('bfpo-sweep')} resume {manifest.name}")
+        print(f"do the rest:    {command('bfpo-sweep')} resume {manifest.name}")
     elif unsent:
         print(
-            f"not yet in MLflow: {unsent} runs; to send them: {_command('bfpo-sweep')} resume {manifest.name}"
+            f"not yet in MLflow: {unsent} runs; to send them: {command('bfpo-sweep')} resume {manifest.name}"
         )
-    print(f"dashboard:      {_command('bfpo-ui')}")
+    print(f"dashboard:      {command('bfpo-ui')}")
     return 1 if left else 0
 
 
@@ -90,7 +90,7 @@ def interrupted(manifest: Manifest) -> None:
     """End the MLflow run of a sweep that was interrupted, and say how to go on."""
     finish_parent(_uri(manifest), manifest.parent_id, [], "KILLED")
     log.info("sweep %s interrupted: %s", manifest.name, summary(job_states(manifest)))
-    log.info("go on with: %s resume %s", _command("bfpo-sweep"), manifest.name)
+    log.info("go on with: %s resume %s", command("bfpo-sweep"), manifest.name)
 
 
 def _uri(manifest: Manifest) -> str:
@@ -103,6 +103,6 @@ def _shown(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def _command(name: str) -> str:
+def command(name: str) -> str:
     """A command of this project, with its path where the shell would not find it."""
     return name if shutil.which(name) else str(_shown(Path(sys.executable).parent / name))

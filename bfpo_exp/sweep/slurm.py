@@ -15,7 +15,7 @@ from bfpo_exp.config.schema import Config
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import home
 from bfpo_exp.progress import progress
-from bfpo_exp.sweep.ending import _command, concluded
+from bfpo_exp.sweep.ending import command, concluded
 from bfpo_exp.sweep.manifest import Manifest
 from bfpo_exp.sweep.shared import shared_stages
 from bfpo_exp.sweep.slurm_jobs import Task, hand_in, slurm
@@ -44,8 +44,8 @@ def submit(manifest: Manifest, numbers: Sequence[int]) -> None:
     runs = f"{len(numbers)} run{'s' if len(numbers) > 1 else ''}"
     jobs = f"job{'s' if len(ids) > 1 else ''} {', '.join(ids)}"
     print(f"sweep {manifest.name}: {runs} handed in to SLURM, {jobs}")
-    print(f"how they stand: {_command('bfpo-sweep')} status {manifest.name}")
-    print(f"do what failed: {_command('bfpo-sweep')} resume {manifest.name}", flush=True)
+    print(f"how they stand: {command('bfpo-sweep')} status {manifest.name}")
+    print(f"do what failed: {command('bfpo-sweep')} resume {manifest.name}", flush=True)
 
 
 def _check_batches(config: Config, processes: int) -> None:

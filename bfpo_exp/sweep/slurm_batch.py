@@ -22,7 +22,7 @@ from bfpo_exp.sweep.heartbeat import last_beat
 from bfpo_exp.sweep.manifest import Manifest
 from bfpo_exp.sweep.slurm_jobs import Array
 from bfpo_exp.sweep.state import Ending
-from bfpo_exp.sweep.workers import _death
+from bfpo_exp.sweep.workers import death
 
 FAILURE = "failure.txt"  # `bfpo_exp.run.OTHER_FAILURE`, whose module is heavy
 NODE_PATIENCE = 330.0  # seconds; SLURM's own, SlurmdTimeout, is 300 unless a cluster sets it
@@ -144,7 +144,7 @@ class Batch:
 
 
 def _died(code: int) -> str:
-    return _death(128 - code if code > 128 else code)
+    return death(128 - code if code > 128 else code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

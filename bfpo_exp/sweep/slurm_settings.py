@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from bfpo_exp.config.check import _validated
+from bfpo_exp.config.check import validated
 from bfpo_exp.config.schema import Count, Strict
 from bfpo_exp.errors import UserError
 
@@ -106,7 +106,7 @@ class SlurmSettings(Strict):
 def checked_settings(values: Mapping[str, Any]) -> SlurmSettings:
     """The typed settings; a `UserError` for the first that is out of type or range."""
     try:
-        return _validated(SlurmSettings, dict(values), prefix="hydra.launcher.")
+        return validated(SlurmSettings, dict(values), prefix="hydra.launcher.")
     except UserError as error:
         # What concerns several settings has no name of its own.
         raise UserError(str(error).replace("hydra.launcher.: ", "hydra.launcher: ")) from None

@@ -138,7 +138,7 @@ def do_all(
                 number, worker.number = worker.number, None
                 alive, outcome = worker.answer()
                 if not alive:
-                    reason = _death(worker.process.exitcode)
+                    reason = death(worker.process.exitcode)
                     worker.start()
                     if number is None:
                         continue
@@ -169,7 +169,7 @@ def _next(waiting: deque[int], not_before: Mapping[int, float]) -> int | None:
     return None
 
 
-def _death(exitcode: int | None) -> str:
+def death(exitcode: int | None) -> str:
     """What a process died of."""
     if exitcode is not None and exitcode < 0:
         hint = " (out of memory?)" if -exitcode == signal.SIGKILL else ""

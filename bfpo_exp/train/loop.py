@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bfpo_exp.config.schema import Optimisation
-from bfpo_exp.distributed import sum_
+from bfpo_exp.distributed import asked_to_stop, stepping, sum_
 from bfpo_exp.train.engine import Engine
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def _with_last(items: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
     yield previous, True
 
 
+@stepping()
 def train(
     engine: Engine,
     objective: Objective,
@@ -127,7 +128,10 @@ def train(
 
     ``on_log`` gets the number of steps taken and the means since it was last called: after the
     first step, after every ``log_every`` and after the last.  Nothing is read from the device in
-    between.
+    between by a process that trains alone.
+
+    A process that is asked to stop writes a checkpoint after the step that it takes, and raises
+    `KeyboardInterrupt`.
     """
     done, state = checkpoints.resume(engine) if checkpoints else (0, {})
     window = Sums.of_state(state.get("window", {}), engine.device)
@@ -144,5 +148,8 @@ def train(
         if taken == 1 or taken % log_every == 0 or taken == steps:
             on_log(taken, window.read())
             window = Sums()
-        if checkpoints and checkpoints.due(taken, steps):
+        stop = asked_to_stop()
+        if checkpoints and (checkpoints.due(taken, steps) or (stop and checkpoints.every is not None)):
             checkpoints.save(engine, taken, {"window": window.state()})
+        if stop:
+            raise KeyboardInterrupt

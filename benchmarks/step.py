@@ -108,9 +108,9 @@ def measure_defaults(plan: Plan, threads: int) -> dict[str, Any]:
         for profile, trained in plan.untuned:
             ours = case_of(plan, folder, profile, "ours", trained, "cached", threads)
             trl = case_of(plan, folder, profile, "trl", trained, "live", threads)
-            found = in_turns([ours, replace(trl, microbatch=UNTUNED)])
-            agree(*found, TOLERANCES[plan.shape.dtype])
-            rows += [{"profile": profile, **row} for row in found]
+            one, other = in_turns([ours, replace(trl, microbatch=UNTUNED)])
+            agree(one, other, TOLERANCES[plan.shape.dtype])
+            rows += [{"profile": profile, **row} for row in (one, other)]
             advance(1)
     return {"batch": BATCH, "threads": threads, "rows": rows}
 

@@ -27,6 +27,7 @@ from bfpo_exp.data.mix import pairs_fingerprint
 from bfpo_exp.distributed import group, join, lost_another, told
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version, stable_hash
+from bfpo_exp.heartbeat import Heartbeat
 from bfpo_exp.losses import get_loss
 from bfpo_exp.models.numerics import resolved_attention
 from bfpo_exp.models.output import Stage, card_text, model_card
@@ -39,7 +40,6 @@ from bfpo_exp.stages.context import Context, Weights, demo_mix, device, training
 from bfpo_exp.stages.evaluate import evaluate
 from bfpo_exp.stages.preference import policy, reference_pass, tokenised_stream
 from bfpo_exp.store import Store
-from bfpo_exp.sweep.heartbeat import Heartbeat
 from bfpo_exp.tracking.environment import environment_tags
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.tracking.recorder import Recorder, failed, publish_copy

@@ -19,9 +19,9 @@ from slurm_support import Slurm
 
 from bfpo_exp.config.schema import Config
 from bfpo_exp.errors import UserError
+from bfpo_exp.heartbeat import HEARTBEAT, Beat
 from bfpo_exp.paths import config_dir
 from bfpo_exp.sweep import slurm_batch, slurm_queue
-from bfpo_exp.sweep.heartbeat import HEARTBEAT, Beat
 from bfpo_exp.sweep.manifest import Manifest
 from bfpo_exp.sweep.slurm import planned_arrays
 from bfpo_exp.sweep.slurm_jobs import Array, Task, hand_in, job_name, logs

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from slurm_support import Slurm
 
-from bfpo_exp.sweep.heartbeat import last_beat
+from bfpo_exp.heartbeat import last_beat
 from bfpo_exp.sweep.manifest import Manifest, find
 from bfpo_exp.sweep.slurm_jobs import job_name
 from bfpo_exp.sweep.state import Ending, job_states

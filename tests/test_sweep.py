@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import pytest
 from omegaconf import OmegaConf
 
+from bfpo_exp import heartbeat
 from bfpo_exp.config.schema import Config
 from bfpo_exp.errors import UserError
-from bfpo_exp.sweep import heartbeat
+from bfpo_exp.heartbeat import HEARTBEAT, STALE, Beat, Heartbeat, living
 from bfpo_exp.sweep.cli import main
-from bfpo_exp.sweep.heartbeat import HEARTBEAT, STALE, Beat, Heartbeat, living
 from bfpo_exp.sweep.manifest import CANCELLED, FROZEN, Manifest, find
 from bfpo_exp.sweep.shared import Shared, shared_stages
 from bfpo_exp.sweep.state import OUTCOME, Ending, job_states, summary, unfinished

@@ -18,7 +18,7 @@ import pytest
 from filelock import FileLock
 
 from bfpo_exp.config.schema import Config
-from bfpo_exp.sweep.heartbeat import HEARTBEAT
+from bfpo_exp.heartbeat import HEARTBEAT
 from bfpo_exp.sweep.manifest import MANIFEST, Manifest, find
 from bfpo_exp.sweep.state import job_states
 

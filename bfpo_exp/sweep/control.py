@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bfpo_exp.errors import UserError
-from bfpo_exp.sweep.heartbeat import living
+from bfpo_exp.heartbeat import living
 from bfpo_exp.sweep.manifest import CANCELLED, Manifest
 from bfpo_exp.sweep.state import OUTCOME, job_states, summary, unfinished
 

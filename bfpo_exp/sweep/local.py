@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from filelock import FileLock, Timeout
 
 from bfpo_exp.errors import UserError
+from bfpo_exp.heartbeat import Heartbeat, last_beat
 from bfpo_exp.progress import progress
 from bfpo_exp.run import Outcome
 from bfpo_exp.sweep.ending import interrupted
-from bfpo_exp.sweep.heartbeat import Heartbeat, last_beat
 from bfpo_exp.sweep.job import sigterm_interrupts
 from bfpo_exp.sweep.manifest import Manifest
 from bfpo_exp.sweep.workers import do_all, shares

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from bfpo_exp.sweep.heartbeat import living
+from bfpo_exp.heartbeat import living
 from bfpo_exp.sweep.manifest import Manifest
 from bfpo_exp.sweep.state import DONE, JobState, State, job_states, summary, unfinished
 

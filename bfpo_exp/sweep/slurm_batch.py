@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bfpo_exp.sweep.heartbeat import last_beat
+from bfpo_exp.heartbeat import last_beat
 from bfpo_exp.sweep.manifest import Manifest
 from bfpo_exp.sweep.slurm_jobs import Array
 from bfpo_exp.sweep.state import Ending

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from bfpo_exp.sweep.heartbeat import Beat, last_beat, living
+from bfpo_exp.heartbeat import Beat, last_beat, living
 from bfpo_exp.sweep.manifest import Manifest, write_whole
 
 OUTCOME = "outcome.json"

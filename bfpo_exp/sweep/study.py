@@ -28,9 +28,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bfpo_exp.errors import UserError, unknown
 from bfpo_exp.hashing import stable_hash
+from bfpo_exp.heartbeat import Heartbeat, living
 from bfpo_exp.paths import writable_home
 from bfpo_exp.run import run_code
-from bfpo_exp.sweep.heartbeat import Heartbeat, living
 from bfpo_exp.sweep.space import Params, Space, tidy
 from bfpo_exp.sweep.state import DONE, JobState
 

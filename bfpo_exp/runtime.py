@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 def before_imports() -> None:
     """Environment that libraries read when they are imported; what the user has set stays."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # All cores that this process may use.  Unset, it would be the same, but with a warning after every fork.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def before_compute(threads: int) -> None:

@@ -113,13 +113,11 @@ def tuning(section: Results) -> Sheet:
 
 
 def sweep(section: Results) -> Sheet:
-    """Our sweeps and TRL's runs."""
+    """Our sweeps and TRL's runs, of which the first ones are timed."""
     rows = [[f"ours, {name}", f"{seconds:.0f}", ""] for name, seconds in section["ours"].items()]
-    runs = section["trl_runs"]
-    for reference, seconds in section["trl"].items():
-        total = seconds[0] + (runs - 1) * median(seconds[1:] or seconds)
-        each = ", ".join(f"{s:.0f}" for s in seconds)
-        rows.append([f"TRL, dpo, {runs} runs, reference {NAMES[reference]}", f"{total:.0f}", each])
+    for way in section["trl"]:
+        timed = ", ".join(f"{seconds:.0f}" for seconds in way["timed"])
+        rows.append([f"TRL, dpo, {section['runs']} runs, {way['name']}", f"{way['seconds']:.0f}", timed])
     return Sheet("Sweeps from end to end", ["", "seconds", "of which timed"], rows)
 
 

@@ -75,15 +75,27 @@ def random_pairs() -> Callable[..., TokenisedPairs]:
     return made_pairs
 
 
+@pytest.fixture(autouse=True)
+def libraries_as_they_were() -> Iterator[None]:
+    """What a run sets for its process (`runtime.before_compute`) does not reach the next test."""
+    import torch
+
+    from bfpo_exp import runtime
+
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)  # other tests draw such numbers
+    runtime._once.cache_clear()
+
+
 @pytest.fixture
 def command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Iterator[Command]:
     """``bfpo-exp`` in this process, with a runs root of the test's own."""
-    import torch
     from hydra.core.global_hydra import GlobalHydra
 
-    from bfpo_exp import runtime
     from bfpo_exp.app import main
 
     monkeypatch.setenv("BFPO_EXP_HOME", str(tmp_path / "runs"))
@@ -98,8 +110,4 @@ def command(
             main()
         return Done(int(ended.value.code or 0), *capsys.readouterr())
 
-    threads = torch.get_num_threads()
     yield run
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)  # other tests draw such numbers
-    runtime._once.cache_clear()

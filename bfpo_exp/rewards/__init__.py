@@ -1,0 +1,1 @@
+"""Rewards of responses: who gives them, and how two of them become one."""

@@ -19,7 +19,7 @@ from bfpo_exp.data.requirements import missing_labels
 from bfpo_exp.errors import UserError
 from bfpo_exp.eval.kinds import check_tasks
 from bfpo_exp.logprobs.paths import chosen_path
-from bfpo_exp.losses import LabelOrderWarning, get_loss
+from bfpo_exp.losses import LabelOrderWarning, is_staged, pairwise_loss
 from bfpo_exp.losses.label import CELLS
 from bfpo_exp.models.lora import check_lora
 from bfpo_exp.models.policy import architecture, check_model, check_trainable
@@ -102,9 +102,10 @@ def _check_preference(config: Config) -> None:
             f"train.batch={config.train.batch} is odd, but data.batches=balanced takes half of it from "
             "each stream; give an even number"
         )
-    loss: Loss | None = config.loss
+    loss: Loss | None = None if is_staged(config.loss) else config.loss
     while loss is not None:
-        spec = get_loss(loss.name)
+        spec = pairwise_loss(loss.name)
+        assert loss.order is not None
         needs = {"safety"} if spec.needs_safety else set()
         mixes = [stream_mix(config.data, stream) for stream in loss.streams or config.data.streams]
         for mix in mixes:
@@ -126,7 +127,7 @@ def _label_warnings(loss: Loss, mixes: Sequence[PairMix]) -> list[str]:
     Labels that never say unsafe (or never safe) make every pair alike.  Labels that are
     probabilities may give pairs of a higher cell a smaller label than pairs of a lower one.
     """
-    spec = get_loss(loss.name)
+    spec = pairwise_loss(loss.name)
     if not spec.needs_safety:
         return []
     labels = {

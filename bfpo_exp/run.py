@@ -28,7 +28,7 @@ from bfpo_exp.distributed import group, join, lost_another, told
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version, stable_hash
 from bfpo_exp.heartbeat import Heartbeat
-from bfpo_exp.losses import get_loss
+from bfpo_exp.losses import get_loss, is_staged
 from bfpo_exp.models.numerics import resolved_attention
 from bfpo_exp.models.output import Stage, card_text, model_card
 from bfpo_exp.models.policy import weights_fingerprint
@@ -283,7 +283,7 @@ def _pipeline(
         weights = sft_model(context, weights)
     if {"reference", "preference"} & set(config.stages):
         _describe_data(context, weights, artifacts)
-        if config.train.reference == "cached":
+        if config.train.reference == "cached" and not is_staged(config.loss):
             enter("reference")
             reference_pass(_first_trained(context), weights)
     if "preference" in config.stages:
@@ -337,7 +337,8 @@ def _describe_data(context: Context, start: Weights, artifacts: Path | None) -> 
 def _tags(config: Config) -> dict[str, str]:
     tags = {"config_hash": run_key(config), **environment_tags()}
     if "preference" in config.stages:
-        tags["pair_order"] = config.loss.order
+        if config.loss.order is not None:
+            tags["pair_order"] = config.loss.order
         tags["loss_needs"] = ", ".join(get_loss(config.loss.name).needs)
         tags["data_fingerprint"] = training_mix(config.data).fingerprint
     return tags

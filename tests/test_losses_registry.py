@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from bfpo_exp.config.check import checked
+from bfpo_exp.config.schema import Config
 from bfpo_exp.errors import UserError
-from bfpo_exp.losses import LOSSES, get_loss
+from bfpo_exp.losses import LOSSES, STAGED, get_loss, is_staged
 from bfpo_exp.losses import registry as loss_registry
 from bfpo_exp.losses.margin import Beta
 from bfpo_exp.paths import config_dir
@@ -87,6 +88,15 @@ def test_a_hyperparameter_without_a_default_must_be_given(name: str) -> None:
         get_loss(name).hyperparameters.model_validate({})
 
 
+def test_a_loss_with_a_stage_of_its_own_stands_beside_those_of_pairs(config: Callable[..., Config]) -> None:
+    for name in STAGED:
+        loss = config(f"loss={name}").loss
+        assert get_loss(name).name == name
+        assert is_staged(loss)
+        assert loss.order is None
+    assert not is_staged(config("loss=dpo").loss)
+
+
 def test_unknown_loss() -> None:
     with pytest.raises(
         UserError, match=r"unknown loss 'bfpx'; allowed: bfpo, bso, cdpo, dpo, .*; nearest: 'bfpo'"
@@ -127,7 +137,9 @@ def test_a_losss_config_gives_exactly_its_hyperparameters(
 
 
 def test_every_loss_has_a_config() -> None:
-    assert set(FILES) == set(LOSSES) == set(HYPERPARAMETERS)
+    assert set(LOSSES) == set(HYPERPARAMETERS)
+    assert set(FILES) == {*LOSSES, *STAGED}
+    assert not set(LOSSES) & set(STAGED)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +159,17 @@ def test_every_loss_has_a_config() -> None:
         ),
         (["loss=dpo", "loss.reference_free=maybe"], r"loss\.reference_free='maybe' is not allowed"),
         (["loss=dpo", "loss.first=dpo"], r"loss\.first='dpo' is not allowed"),
+        (["loss=dpo", "loss.order=null"], r"loss\.order=null is not allowed: loss dpo .* by helpfulness or"),
+        (["loss=steerlm", "loss.order=safety"], r"loss\.order=safety means nothing to loss steerlm"),
+        (["loss=steerlm", "loss.logps=mean"], r"loss\.logps=mean means nothing to loss steerlm"),
+        (["loss=steerlm", "loss.levels=5"], r"^loss: steer\.helpfulness=9, but levels=5 are 0 to 4$"),
+        (
+            ["loss=steerlm", "loss.template=' {safety}'"],
+            r"loss\.template=' \{safety\}' is not allowed: a template",
+        ),
+        (["loss=steerlm", "loss.template=' {'"], r"loss\.template=' \{' is not allowed: it is no template"),
+        (["loss=steerlm", "+loss.steer.safe=1"], r"unknown key in loss\.steer 'safe'; .* nearest: 'safety'"),
+        (["loss=sacpo", "loss@loss.first=steerlm"], r"loss\.first\.order=helpfulness means nothing"),
     ],
 )
 def test_bad_input_ends_in_one_line(

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from bfpo_exp.config.schema import Config, Data, Loss
 from bfpo_exp.errors import UserError, unknown
-from bfpo_exp.losses import get_loss
+from bfpo_exp.losses import StagedLoss, get_loss, is_staged
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -31,14 +31,9 @@ def checked(composed: DictConfig) -> Config:
 
 
 def _checked_loss(loss: Loss, data: Data, prefix: str) -> Loss:
-    """The loss with its hyper-parameters checked against its function's signature."""
+    """The loss with its hyper-parameters checked against its function's signature, or its schema."""
     spec = get_loss(loss.name)
     values = validated(spec.hyperparameters, loss.hyperparameters, prefix).model_dump()
-    if spec.orders and loss.order not in spec.orders:
-        raise UserError(
-            f"{prefix}order={loss.order} is not allowed: loss {loss.name} is defined on pairs ordered by "
-            f"{' or '.join(spec.orders)}"
-        )
     if missing := [stream for stream in loss.streams or () if stream not in data.streams]:
         raise UserError(
             f"{prefix}streams={loss.streams}, but the data mix has no stream {missing[0]!r} "
@@ -47,6 +42,15 @@ def _checked_loss(loss: Loss, data: Data, prefix: str) -> Loss:
     if loss.streams == []:
         raise UserError(
             f"{prefix}streams=[] leaves nothing to train on; allowed: null (all), helpfulness, safety"
+        )
+    if isinstance(spec, StagedLoss):
+        _check_no_pairs(loss, prefix)
+        return loss.model_copy(update=values)
+    orders = spec.orders or ("helpfulness", "safety", "stream")
+    if loss.order not in orders:
+        raise UserError(
+            f"{prefix}order={loss.order or 'null'} is not allowed: loss {loss.name} is defined on pairs "
+            f"ordered by {' or '.join(orders)}"
         )
     if loss.reference_free and spec.step_means:
         raise UserError(f"{prefix}reference_free=true, but loss {loss.name} has no form without a reference")
@@ -57,7 +61,22 @@ def _checked_loss(loss: Loss, data: Data, prefix: str) -> Loss:
             f"{prefix}first={given}, but loss {loss.name} needs the rewards beta log(pi / ref) of a policy "
             "that is trained first; set it to a loss with a beta, such as dpo"
         )
+    if first is not None and is_staged(first):
+        raise UserError(
+            f"{prefix}first={first.name}, but a stage before is trained on pairs; set it to dpo, say"
+        )
     return loss.model_copy(update={**values, "first": first})
+
+
+def _check_no_pairs(loss: Loss, prefix: str) -> None:
+    """A loss that compares no pairs leaves what is said of them at its config's values."""
+    fixed = {"order": None, "logps": "sum", "reference_free": False, "first": None}
+    for name, value in fixed.items():
+        if (given := getattr(loss, name)) != value:
+            shown = given.name if isinstance(given, Loss) else given
+            raise UserError(
+                f"{prefix}{name}={shown} means nothing to loss {loss.name}, which compares no pairs"
+            )
 
 
 def validated(model: type[M], values: Any, prefix: str) -> M:
@@ -73,7 +92,7 @@ def _explained(model: type[BaseModel], error: ValidationError, prefix: str) -> U
     first = error.errors(include_url=False)[0]
     parts = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
     path, _ = _followed(model, parts)
-    key = prefix + ".".join(path)
+    key = (prefix + ".".join(path)).rstrip(".")
     if first["type"] == "extra_forbidden":
         _, parent = _followed(model, parts[:-1])
         return unknown(

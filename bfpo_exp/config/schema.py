@@ -345,13 +345,14 @@ class Loss(BaseModel):
     """A loss by name, what it trains on, and its own hyper-parameters.
 
     The hyper-parameters are those of the loss's function and are checked against its signature
-    (see ``bfpo_exp.losses.registry``).  ``first`` is the loss of a stage before this one.
+    (see ``bfpo_exp.losses.registry``).  ``first`` is the loss of a stage before this one.  A loss that
+    compares no pairs (``bfpo_exp.losses.staged``) has no ``order``.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
-    order: Literal["helpfulness", "safety", "stream"]
+    order: Literal["helpfulness", "safety", "stream"] | None
     logps: Literal["sum", "mean"]
     reference_free: bool
     streams: list[StreamName] | None

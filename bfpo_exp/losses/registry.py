@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor
 
 from bfpo_exp.errors import unknown
+from bfpo_exp.losses.staged import STAGED, StagedLoss
 
 TENSORS = ("policy_w", "policy_l", "ref_w", "ref_l", "safe_w", "safe_l", "margin_w", "margin_l")
 
@@ -139,8 +140,17 @@ def register(name: str, **facts: Any) -> Callable[[PerPair], PerPair]:
     return add
 
 
-def get_loss(name: str) -> LossSpec:
+def get_loss(name: str) -> LossSpec | StagedLoss:
     """The loss of this name; a `UserError` with the nearest name where there is none."""
+    if name in STAGED:
+        return STAGED[name]
     if name not in LOSSES:
-        raise unknown("loss", name, LOSSES)
+        raise unknown("loss", name, [*LOSSES, *STAGED])
     return LOSSES[name]
+
+
+def pairwise_loss(name: str) -> LossSpec:
+    """The loss of this name, where only a function of pairs can be meant."""
+    spec = get_loss(name)
+    assert isinstance(spec, LossSpec), f"loss {name} is trained by a stage of its own"
+    return spec

@@ -149,7 +149,8 @@ def _stage(
     settings, unit = stage.optimisation, stage.unit
     if stage.loss is not None:
         numbers = ", ".join(f"{name} {value}" for name, value in stage.loss.hyperparameters.items())
-        yield f"{stage.loss.name} ({numbers}), order {stage.loss.order}, batches {config.data.batches}"
+        order = f"order {stage.loss.order}, batches {config.data.batches}"
+        yield f"{stage.loss.name} ({numbers}), {order if stage.loss.order else 'no pairs compared'}"
     gpus = _counted(stage.processes, "GPU", "GPUs")
     passes = _counted(stage.accumulation, "pass", "passes") + (" at most, packed" if stage.packed else "")
     yield f"{settings.batch} {unit} a step = {gpus} x {stage.microbatch} x {passes}; {_length(stage)}"

@@ -9,7 +9,7 @@ import math
 import resource
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version
 from bfpo_exp.logprobs.paths import LogpsPath, chosen_path
 from bfpo_exp.logprobs.reference import PairLogps, reference_logps
-from bfpo_exp.losses import LabelOrderWarning, get_loss
+from bfpo_exp.losses import LabelOrderWarning, is_staged, pairwise_loss
 from bfpo_exp.models.lora import add_lora
 from bfpo_exp.models.output import ModelCard, model_card
 from bfpo_exp.models.policy import load_policy, select_trainable
@@ -106,15 +106,19 @@ def reference_pass(context: Context, reference: Weights) -> PairLogps:
 def policy(context: Context, start: Weights) -> Weights:
     """``start``, trained on the preference pairs with the run's loss.
 
+    A loss that is no function of pairs is handed over to its own stage.
+
     A loss with a stage before it (``loss.first``) has that stage's policy trained from ``start``.
     If it takes a margin, that is the first policy's, and the reference is ``start``; else the first
     policy is what this stage starts from, and its reference.
     """
     config = context.config
+    if is_staged(config.loss):
+        return _own_stage(config.loss.name)(context, start)
     reference, first = start, None
     if config.loss.first is not None:
         first = policy(context.of_first_loss(), start)
-        if not get_loss(config.loss.name).needs_margin:
+        if not pairwise_loss(config.loss.name).needs_margin:
             reference, first = first, None
     streams = [(stream, tokenised_stream(context, stream)) for stream in config.trained_streams]
     made_of = {
@@ -154,6 +158,13 @@ def policy(context: Context, start: Weights) -> Weights:
     path = context.store.get("policy", made_of, make, together=True, resumable=True)
     context.copy_metrics(path / METRICS)
     return Weights(str(path), path.name, own=True)
+
+
+def _own_stage(loss: str) -> Callable[[Context, Weights], Weights]:
+    """The stage that trains a loss which is no function of pairs."""
+    from bfpo_exp.stages import steerlm
+
+    return {"steerlm": steerlm.policy}[loss]
 
 
 def _train(

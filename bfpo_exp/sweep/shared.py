@@ -14,6 +14,7 @@ from typing import Any
 
 from bfpo_exp.config.schema import Config, Stage
 from bfpo_exp.hashing import stable_hash
+from bfpo_exp.losses.staged import is_staged
 
 MODELS: tuple[Stage, ...] = ("base", "sft")
 
@@ -52,7 +53,7 @@ def shared_stages(configs: Mapping[int, Config]) -> list[Shared]:
             found.append(Shared(_model_stages(configs[numbers[0]]), tuple(numbers)))
     references: dict[tuple[str, str], list[int]] = {}
     for number, config in configs.items():
-        if {"reference", "preference"} & set(config.stages) and config.train.reference == "cached":
+        if _needs_reference(config):
             keys = stable_hash(_models_part(config)), stable_hash(_reference_part(config))
             references.setdefault(keys, []).append(number)
     for (model, _), numbers in references.items():
@@ -66,6 +67,12 @@ def _model_stages(config: Config) -> tuple[Stage, ...]:
     """The stages that make the model which the preference stage starts from; pretrained weights need none."""
     made = [stage for stage in MODELS if stage in config.stages]
     return () if made == ["base"] and config.model.path is not None else tuple(made)
+
+
+def _needs_reference(config: Config) -> bool:
+    """Whether the log-probs of a reference on the pairs are taken ahead of training."""
+    trains = bool({"reference", "preference"} & set(config.stages))
+    return trains and config.train.reference == "cached" and not is_staged(config.loss)
 
 
 def _models_part(config: Config) -> list[Any]:

@@ -18,7 +18,7 @@ from bfpo_exp.distributed import group, sum_
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.paths import Rows, chosen_path, passes
 from bfpo_exp.logprobs.reference import PairLogps
-from bfpo_exp.losses import get_loss
+from bfpo_exp.losses import pairwise_loss
 from bfpo_exp.train.live_reference import Reference
 from bfpo_exp.train.loop import Sums
 from bfpo_exp.train.statistics import pair_statistics
@@ -65,7 +65,8 @@ class PreferenceObjective:
         first: PairLogps | None = None,
     ) -> None:
         self.pairs, self.config, self.device = pairs, config, device
-        self.spec = get_loss(config.loss.name)
+        self.spec = pairwise_loss(config.loss.name)
+        assert config.loss.order is not None
         self.first_is_w = order_signs(pairs, config.loss.order) > 0
         trained = self._trained()
         self.rows = int(trained.sum())

@@ -12,13 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Stage = Literal["base", "sft", "reference", "preference", "evaluate", "bandit"]
-StreamName = Literal["helpfulness", "safety"]
+from bfpo_exp.config.rewards import Combine, Reward
+from bfpo_exp.config.types import Count, NonNegative, Positive, Seed, Share, StreamName, Strict
+
+Stage = Literal["base", "sft", "reward", "reference", "preference", "evaluate", "bandit"]
 LossOn = Literal["last", "assistant", "all"]
 STREAMS: tuple[StreamName, ...] = ("helpfulness", "safety")
 
@@ -45,12 +42,6 @@ def _trainable(value: Any) -> Any:
 
 Trainable = Annotated[Literal["all"] | list[str], BeforeValidator(_trainable)]
 Size = Annotated[int | float | None, BeforeValidator(_size)]
-
-
-class Strict(BaseModel):
-    """A config node: no unknown keys, read-only."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 # ---------------------------------------------------------------- data
@@ -263,6 +254,12 @@ class SftOptimisation(SeededOptimisation):
     max_length: Count | None
 
 
+class RewardOptimisation(SeededOptimisation):
+    """Training a reward model; a share ``heldout`` of the prompts is kept for measuring it."""
+
+    heldout: Annotated[float, Field(ge=0, lt=1)]
+
+
 class Lora(Strict):
     """Low-rank adapters: the update of a matrix is ``alpha / rank`` times a product of two thin ones.
 
@@ -276,7 +273,7 @@ class Lora(Strict):
 
 
 class Train(Optimisation):
-    """The preference stage, with the two stages before it."""
+    """The preference stage, with the stages before it."""
 
     tokens_per_microbatch: Count | None
     compile: bool
@@ -284,6 +281,7 @@ class Train(Optimisation):
     lora: Lora | None
     base: SeededOptimisation
     sft: SftOptimisation
+    reward: RewardOptimisation
 
 
 class Deepspeed(Strict):
@@ -391,6 +389,8 @@ class Config(Strict):
     model: Model
     data: Data
     loss: Loss
+    reward: Reward
+    combine: Combine
     deepspeed: Deepspeed
     train: Train
     eval: Eval

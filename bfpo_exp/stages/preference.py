@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from datasets import load_from_disk
 
-from bfpo_exp.config.schema import StreamName
+from bfpo_exp.config.types import StreamName
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.data.tokenise import tokenise_pairs
 from bfpo_exp.distributed import group
@@ -125,7 +125,7 @@ def policy(context: Context, start: Weights) -> Weights:
         "pairs": {stream: path.name for stream, path in streams},
         "batches": config.data.batches,
         "loss": config.loss.model_dump(exclude={"first"}),
-        "optimisation": config.train.model_dump(exclude={"base", "sft"}),
+        "optimisation": config.train.model_dump(exclude={"base", "sft", "reward"}),
         "seed": config.seed,
         "forward": _path(context).name,
         **context.training_numerics(),

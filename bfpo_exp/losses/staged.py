@@ -92,6 +92,6 @@ class SteerLM(Hyperparameters):
 
 
 STAGED: dict[str, StagedLoss] = {
-    "morl": StagedLoss("morl", Morl, needs_rewards=True),
+    "morl": StagedLoss("morl", Morl, needs_rewards=True, combines=True),
     "steerlm": StagedLoss("steerlm", SteerLM, needs_rewards=True, steers=True),
 }

@@ -24,6 +24,7 @@ from bfpo_exp.losses.label import CELLS
 from bfpo_exp.models.lora import check_lora
 from bfpo_exp.models.policy import architecture, check_model, check_trainable
 from bfpo_exp.models.tokenizers import load_tokenizer
+from bfpo_exp.online.check import check_online
 from bfpo_exp.stages.bandit import bandit_settings, bandit_warnings
 from bfpo_exp.stages.context import demo_mix, stream_mix
 from bfpo_exp.train.engines import check_engine
@@ -102,6 +103,8 @@ def _check_preference(config: Config) -> None:
             f"train.batch={config.train.batch} is odd, but data.batches=balanced takes half of it from "
             "each stream; give an even number"
         )
+    if config.loss.name == "morl":
+        check_online(config)
     loss: Loss | None = None if is_staged(config.loss) else config.loss
     while loss is not None:
         spec = pairwise_loss(loss.name)

@@ -51,6 +51,8 @@ def submit(manifest: Manifest, numbers: Sequence[int]) -> None:
 def _check_batches(config: Config, processes: int) -> None:
     """A `UserError` where a batch cannot be shared out over the processes that a run is to have."""
     stages = {"base": config.train.base, "sft": config.train.sft, "preference": config.train}
+    if trains_reward_model(config):
+        stages["reward"] = config.train.reward
     for stage, optimisation in stages.items():
         if stage in config.stages and optimisation.batch % processes:
             raise UserError(

@@ -15,6 +15,7 @@ from bfpo_exp.config.schema import Config
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import home
 from bfpo_exp.progress import progress
+from bfpo_exp.rewards.use import trains_reward_model
 from bfpo_exp.sweep.ending import command, concluded
 from bfpo_exp.sweep.manifest import Manifest
 from bfpo_exp.sweep.shared import shared_stages

@@ -83,9 +83,7 @@ def test_generalised_advantages_end_with_the_response() -> None:
     mask = torch.tensor([[True, True, False], [True, True, True]])
     advantages, returns = generalised(rewards, values, mask, 1.0, 0.5)
     # deltas of the first: 0 + 0.25 - 0.5, 1 - 0.25; of the second: 0, 0, 2 - 1
-    torch.testing.assert_close(
-        advantages, torch.tensor([[-0.25 + 0.375, 0.75, 0.0], [0.25, 0.5, 1.0]])
-    )
+    torch.testing.assert_close(advantages, torch.tensor([[-0.25 + 0.375, 0.75, 0.0], [0.25, 0.5, 1.0]]))
     torch.testing.assert_close(returns, torch.tensor([[0.625, 1.0, 0.0], [1.25, 1.5, 2.0]]))
 
 

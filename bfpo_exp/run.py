@@ -51,6 +51,7 @@ from bfpo_exp.store import Store
 from bfpo_exp.tracking.environment import environment_tags
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.tracking.recorder import Recorder, failed, publish_copy
+from bfpo_exp.tracking.runs import REWARDS
 from bfpo_exp.tracking.sync_later import LATER, Later
 from bfpo_exp.tracking.tables import write_table
 
@@ -372,7 +373,7 @@ def _tags(config: Config) -> dict[str, str]:
         tags["loss_needs"] = ", ".join(get_loss(config.loss.name).needs)
         tags["data_fingerprint"] = training_mix(config.data).fingerprint
     if uses_rewards(config):
-        tags["rewards"] = told_rewards(config)
+        tags[REWARDS] = told_rewards(config)
     return tags
 
 

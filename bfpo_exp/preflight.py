@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -24,8 +25,12 @@ from bfpo_exp.losses.label import CELLS
 from bfpo_exp.models.lora import check_lora
 from bfpo_exp.models.policy import architecture, check_model, check_trainable
 from bfpo_exp.models.tokenizers import load_tokenizer
+from bfpo_exp.paths import home
 from bfpo_exp.stages.bandit import bandit_settings, bandit_warnings
-from bfpo_exp.stages.context import demo_mix, stream_mix
+from bfpo_exp.stages.context import Context, demo_mix, stream_mix
+from bfpo_exp.stages.soup import check_soup
+from bfpo_exp.store import Store
+from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.train.engines import check_engine
 from bfpo_exp.train.live_reference import check_reference
 from bfpo_exp.train.optimisers import check_optimiser
@@ -64,6 +69,8 @@ def _check_pipeline(config: Config) -> None:
         demo_mix(config.data)
     if "preference" in config.stages:
         _check_preference(config)
+    if "soup" in config.stages:
+        check_soup(Context(config, Store(home() / "store"), MetricsFile(os.devnull)))
     _check_lengths(config)
 
 

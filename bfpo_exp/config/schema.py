@@ -17,7 +17,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Stage = Literal["base", "sft", "reference", "preference", "evaluate", "bandit"]
+Stage = Literal["base", "sft", "reference", "preference", "soup", "evaluate", "bandit"]
 StreamName = Literal["helpfulness", "safety"]
 LossOn = Literal["last", "assistant", "all"]
 STREAMS: tuple[StreamName, ...] = ("helpfulness", "safety")
@@ -381,6 +381,38 @@ class Bandit(Strict):
     lr: float
 
 
+def _run_name(value: Any) -> Any:
+    """A key of digits alone is read as a number before it gets here."""
+    if isinstance(value, float):
+        raise ValueError("a key that reads as a number has to stand in quotes, as '12e4'")
+    return str(value) if type(value) is int else value
+
+
+class Soup(Strict):
+    """The weighted mean of the models of finished runs, which the stage ``soup`` makes.
+
+    ``runs`` are folders, keys or names of runs; ``extrapolate`` allows weights outside of [0, 1].
+    """
+
+    runs: list[Annotated[str, BeforeValidator(_run_name)]]
+    weights: list[Annotated[float, Field(allow_inf_nan=False)]]
+    extrapolate: bool
+
+    @model_validator(mode="after")
+    def _shares(self) -> Soup:
+        if len(self.runs) != len(self.weights):
+            raise ValueError(
+                f"{len(self.runs)} runs, but {len(self.weights)} weights ({self.weights}); give one to each"
+            )
+        if self.weights and abs(sum(self.weights) - 1) > 1e-6:
+            raise ValueError(f"weights={self.weights} sum to {sum(self.weights):g}; they have to sum to 1")
+        if not self.extrapolate and any(not 0 <= weight <= 1 for weight in self.weights):
+            raise ValueError(
+                f"weights={self.weights} are not all within [0, 1]; to allow that set soup.extrapolate=true"
+            )
+        return self
+
+
 class Config(Strict):
     """One run."""
 
@@ -395,6 +427,7 @@ class Config(Strict):
     train: Train
     eval: Eval
     tracking: Tracking
+    soup: Soup
     bandit: Bandit | None
 
     @property
@@ -416,4 +449,20 @@ class Config(Strict):
     def _bandit_has_settings(self) -> Config:
         if "bandit" in self.stages and self.bandit is None:
             raise ValueError("stages has bandit, but bandit has no settings; use experiment=bandit")
+        return self
+
+    @model_validator(mode="after")
+    def _soup_is_made_of_runs(self) -> Config:
+        if "soup" not in self.stages:
+            if self.soup.runs:
+                raise ValueError("soup.runs is set, but stages has no soup; set stages=[soup,evaluate]")
+            return self
+        if not self.soup.runs:
+            raise ValueError(
+                "stages has soup, but soup.runs is empty; set soup.runs=[RUN,RUN] soup.weights=[...]"
+            )
+        if others := [stage for stage in self.stages if stage not in ("soup", "evaluate")]:
+            raise ValueError(
+                f"stages={self.stages}: a soup is made of finished runs alone; leave out {others[0]}"
+            )
         return self

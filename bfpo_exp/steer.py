@@ -7,13 +7,57 @@ prompt, and asks it for the best afterwards.  Nothing here knows of models.
 from __future__ import annotations
 
 import itertools
+import string
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import AfterValidator, Field, model_validator
 
-from bfpo_exp.data.records import Message
-from bfpo_exp.losses.staged import SteerLM
+from bfpo_exp.config.types import Strict
+from bfpo_exp.data.records import Message, Prompt
+
+ATTRIBUTES = {"helpfulness", "safety"}
+Level = Annotated[int, Field(ge=0)]
+
+
+def _template(text: str) -> str:
+    """A format string that writes every attribute, and nothing else."""
+    try:
+        written = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"it is no template: {error}") from None
+    if written != ATTRIBUTES:
+        raise ValueError("a template writes {helpfulness} and {safety}, and no other field")
+    return text
+
+
+class Steer(Strict):
+    """What the policy is told to be: a level of each attribute."""
+
+    helpfulness: Level
+    safety: Level
+
+
+class SteerLM(Strict):
+    """The hyper-parameters of ``loss=steerlm``.
+
+    Attributes:
+        levels: into how many the range of a reward is cut; the best is ``levels - 1``.
+        template: what says the levels at the end of a prompt.
+        steer: the levels that are asked for at evaluation.
+    """
+
+    levels: Annotated[int, Field(ge=2)]
+    template: Annotated[str, AfterValidator(_template)]
+    steer: Steer
+
+    @model_validator(mode="after")
+    def _steer_is_a_level(self) -> SteerLM:
+        for name, level in self.steer:
+            if level >= self.levels:
+                raise ValueError(f"steer.{name}={level}, but levels={self.levels} are 0 to {self.levels - 1}")
+        return self
 
 
 def quantised(rewards: np.ndarray, levels: int) -> np.ndarray:
@@ -32,7 +76,7 @@ def attribute_text(loss: SteerLM, levels: Mapping[str, int]) -> str:
     return loss.template.format(**levels)
 
 
-def steered(prompt: Sequence[Message], text: str) -> list[Message]:
+def steered(prompt: Sequence[Message], text: str) -> Prompt:
     """The prompt with a text at the end of its last user turn.
 
     >>> steered([{"role": "user", "content": "How ?"}], " safety 9")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from bfpo_exp.config.schema import Config, Data, Loss
 from bfpo_exp.errors import UserError, unknown
@@ -92,14 +93,20 @@ def validated(model: type[M], values: Any, prefix: str) -> M:
 def _explained(model: type[BaseModel], error: ValidationError, prefix: str) -> UserError:
     """One line for the first problem: the key, what was given, what is allowed."""
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
+    parts = [str(part) for part in first["loc"] if not str(part).startswith(("function-", "literal["))]
+    path, _ = _followed(model, parts)
     key = (prefix + ".".join(path)).rstrip(".")
     if first["type"] == "extra_forbidden":
+        _, parent = _followed(model, parts[:-1])
         return unknown(
             f"key in {(prefix + '.'.join(path[:-1])).rstrip('.') or 'the config'}",
             path[-1],
-            _fields_at(model, path[:-1]) + ([*Loss.model_fields] if prefix.startswith("loss.") else []),
+            (list(parent.model_fields) if _is_node(parent) else [])
+            + ([*Loss.model_fields] if prefix.startswith("loss.") else []),
         )
+    if first["type"] == "union_tag_invalid":
+        kind = first["ctx"]["discriminator"].strip("'")
+        return unknown(f"{key}.{kind}", first["ctx"]["tag"], _kinds(model.model_fields[path[-1]]))
     if first["type"] == "missing":
         return UserError(f"{key} has no value; set {key}=...")
     message = first["msg"].removeprefix("Value error, ")
@@ -110,15 +117,36 @@ def _explained(model: type[BaseModel], error: ValidationError, prefix: str) -> U
     return UserError(f"{key}={first['input']!r} is not allowed: {message[0].lower()}{message[1:]}")
 
 
-def _fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The names of the fields of the node that a path leads to."""
+def _followed(model: type[BaseModel], parts: list[str]) -> tuple[list[str], Any]:
+    """The keys that a path goes along, and the node that it leads to.
+
+    After the key of a node of several kinds (such as ``combine``) pydantic's path names the kind, which is
+    no key.
+    """
+    keys: list[str] = []
     node: Any = model
-    for part in path:
-        # A mapping of named nodes, such as data.pairs.<name>, has no fields but a type of values.
-        node = node.model_fields[part].annotation if _is_node(node) else get_args(node)[1]
+    kinds: dict[str, type[BaseModel]] = {}
+    for part in parts:
+        if part in kinds:
+            node, kinds = kinds[part], {}
+            continue
+        keys.append(part)
+        if _is_node(node) and part in node.model_fields:
+            kinds = _kinds(node.model_fields[part])
+            node = node.model_fields[part].annotation
+        else:  # a mapping of named nodes, such as data.pairs.<name>, has no fields but a type of values
+            kinds, node = {}, (get_args(node) or [None])[-1]
         if get_origin(node) in (Union, UnionType):  # a node or null
             node = next((form for form in get_args(node) if _is_node(form)), node)
-    return list(node.model_fields) if _is_node(node) else []
+    return keys, node
+
+
+def _kinds(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The nodes that a field may hold, by the value of the key that tells them apart."""
+    name = field.discriminator
+    if not isinstance(name, str):
+        return {}
+    return {get_args(form.model_fields[name].annotation)[0]: form for form in get_args(field.annotation)}
 
 
 def _is_node(form: Any) -> bool:

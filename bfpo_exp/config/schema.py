@@ -12,13 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Stage = Literal["base", "sft", "reference", "preference", "soup", "evaluate", "bandit"]
-StreamName = Literal["helpfulness", "safety"]
+from bfpo_exp.config.rewards import Combine, Reward
+from bfpo_exp.config.soup import Soup
+from bfpo_exp.config.types import Count, NonNegative, Positive, Seed, Share, StreamName, Strict
+
+Stage = Literal["base", "sft", "reward", "reference", "preference", "soup", "evaluate", "bandit"]
 LossOn = Literal["last", "assistant", "all"]
 STREAMS: tuple[StreamName, ...] = ("helpfulness", "safety")
 
@@ -45,12 +43,6 @@ def _trainable(value: Any) -> Any:
 
 Trainable = Annotated[Literal["all"] | list[str], BeforeValidator(_trainable)]
 Size = Annotated[int | float | None, BeforeValidator(_size)]
-
-
-class Strict(BaseModel):
-    """A config node: no unknown keys, read-only."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 # ---------------------------------------------------------------- data
@@ -263,6 +255,12 @@ class SftOptimisation(SeededOptimisation):
     max_length: Count | None
 
 
+class RewardOptimisation(SeededOptimisation):
+    """Training a reward model; a share ``heldout`` of the prompts is kept for measuring it."""
+
+    heldout: Annotated[float, Field(ge=0, lt=1)]
+
+
 class Lora(Strict):
     """Low-rank adapters: the update of a matrix is ``alpha / rank`` times a product of two thin ones.
 
@@ -276,7 +274,7 @@ class Lora(Strict):
 
 
 class Train(Optimisation):
-    """The preference stage, with the two stages before it."""
+    """The preference stage, with the stages before it."""
 
     tokens_per_microbatch: Count | None
     compile: bool
@@ -284,6 +282,7 @@ class Train(Optimisation):
     lora: Lora | None
     base: SeededOptimisation
     sft: SftOptimisation
+    reward: RewardOptimisation
 
 
 class Deepspeed(Strict):
@@ -381,38 +380,6 @@ class Bandit(Strict):
     lr: float
 
 
-def _run_name(value: Any) -> Any:
-    """A key of digits alone is read as a number before it gets here."""
-    if isinstance(value, float):
-        raise ValueError("a key that reads as a number has to stand in quotes, as '12e4'")
-    return str(value) if type(value) is int else value
-
-
-class Soup(Strict):
-    """The weighted mean of the models of finished runs, which the stage ``soup`` makes.
-
-    ``runs`` are folders, keys or names of runs; ``extrapolate`` allows weights outside of [0, 1].
-    """
-
-    runs: list[Annotated[str, BeforeValidator(_run_name)]]
-    weights: list[Annotated[float, Field(allow_inf_nan=False)]]
-    extrapolate: bool
-
-    @model_validator(mode="after")
-    def _shares(self) -> Soup:
-        if len(self.runs) != len(self.weights):
-            raise ValueError(
-                f"{len(self.runs)} runs, but {len(self.weights)} weights ({self.weights}); give one to each"
-            )
-        if self.weights and abs(sum(self.weights) - 1) > 1e-6:
-            raise ValueError(f"weights={self.weights} sum to {sum(self.weights):g}; they have to sum to 1")
-        if not self.extrapolate and any(not 0 <= weight <= 1 for weight in self.weights):
-            raise ValueError(
-                f"weights={self.weights} are not all within [0, 1]; to allow that set soup.extrapolate=true"
-            )
-        return self
-
-
 class Config(Strict):
     """One run."""
 
@@ -423,6 +390,8 @@ class Config(Strict):
     model: Model
     data: Data
     loss: Loss
+    reward: Reward
+    combine: Combine
     deepspeed: Deepspeed
     train: Train
     eval: Eval

@@ -14,6 +14,9 @@ class Message(TypedDict):
     content: str
 
 
+Prompt = list[Message]
+
+
 class PairRecord(TypedDict):
     """One preference pair, stored once: (more helpful, less helpful), whatever their safety.
 

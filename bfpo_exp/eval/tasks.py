@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bfpo_exp.config.schema import Task
-from bfpo_exp.data.records import Message, PairRecord
+from bfpo_exp.data.records import PairRecord, Prompt
 from bfpo_exp.errors import unknown
 
 T = TypeVar("T")
 Value = float | bool | str
-Prompt = list[Message]
 
 
 @dataclass(frozen=True)

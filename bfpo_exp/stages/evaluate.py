@@ -82,7 +82,7 @@ def _responses(
         "sampling": config.eval.sampling.model_dump(),
         "seed": config.seed,
         **context.numerics(),
-        "code": code_version("eval/generate", "data/chat", "models/policy"),
+        "code": code_version("eval/generate", "models/sampling", "data/chat", "models/policy"),
     }
 
     def make(folder: Path) -> None:

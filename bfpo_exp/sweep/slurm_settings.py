@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from bfpo_exp.config.check import validated
-from bfpo_exp.config.schema import Count, Strict
+from bfpo_exp.config.types import Count, Strict
 from bfpo_exp.errors import UserError
 
 # What the launcher sets itself, or has a setting for; a second word on it could only contradict it.

@@ -24,36 +24,34 @@ def add_words(tokenizer: Any, words: Sequence[str]) -> None:
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in words])
 
 
-def extend_embeddings(model: PreTrainedModel, size: int, seed: int) -> int:
-    """Give the model rows for ``size`` tokens; returns how many it had.
+def extend_embeddings(model: PreTrainedModel, first: int, size: int, seed: int) -> None:
+    """Give the model rows for ``size`` tokens, of which those from ``first`` on are new.
 
     A new row is the mean of the old ones with noise around it, drawn from ``seed``; so are those of an
-    output layer with a weight of its own.  A model with rows enough is left as it is.
+    output layer with a weight of its own.  A table with rows to spare keeps its size.
     """
-    old = model.get_input_embeddings().weight.shape[0]
-    if size <= old:
-        return old
-    model.resize_token_embeddings(size, mean_resizing=False)
+    if size > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(size, mean_resizing=False)
     for weight in _tables(model):
-        _fill(weight, old, torch.Generator().manual_seed(seed))
-    return old
+        _fill(weight, first, size, torch.Generator().manual_seed(seed))
 
 
-def train_new_rows(model: PreTrainedModel, old: int) -> None:
-    """Have the rows from ``old`` on trained, and no others of these tables, whatever else is trained.
+def train_new_rows(model: PreTrainedModel, first: int) -> None:
+    """Have the rows from ``first`` on trained, and no others of a table that was not to be trained.
 
-    To be called where the tables are frozen.  Their gradients are zero in the old rows, so that an
-    optimiser without weight decay leaves these as they are.
+    The gradients of its old rows are zero, so that an optimiser without weight decay leaves these as
+    they are.
     """
 
     def cleared(gradient: Tensor) -> Tensor:
         gradient = gradient.clone()
-        gradient[:old] = 0
+        gradient[:first] = 0
         return gradient
 
     for weight in _tables(model):
-        weight.requires_grad_(True)
-        weight.register_hook(cleared)
+        if not weight.requires_grad:
+            weight.requires_grad_(True)
+            weight.register_hook(cleared)
 
 
 def _tables(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -66,8 +64,8 @@ def _tables(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 @torch.no_grad()
-def _fill(weight: Tensor, old: int, generator: torch.Generator) -> None:
-    """The rows from ``old`` on: mean of the old ones, and noise of their spread in each dimension."""
-    known = weight[:old].float()
-    noise = torch.randn(weight[old:].shape, generator=generator).to(weight.device)
-    weight[old:] = (known.mean(0) + NOISE * known.std(0) * noise).to(weight.dtype)
+def _fill(weight: Tensor, first: int, size: int, generator: torch.Generator) -> None:
+    """The rows from ``first`` to ``size``: mean of the old ones, and noise of their spread in each dimension."""
+    known = weight[:first].float()
+    noise = torch.randn(weight[first:size].shape, generator=generator).to(weight.device)
+    weight[first:size] = (known.mean(0) + NOISE * known.std(0) * noise).to(weight.dtype)

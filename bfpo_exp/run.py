@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import time
 import traceback
@@ -39,6 +40,7 @@ from bfpo_exp.stages.bandit import bandit
 from bfpo_exp.stages.base import COUNTS, base_model, sft_model
 from bfpo_exp.stages.context import Context, Weights, demo_mix, device, training_mix
 from bfpo_exp.stages.evaluate import evaluate
+from bfpo_exp.stages.online import SAMPLES
 from bfpo_exp.stages.preference import policy, reference_pass, tokenised_stream
 from bfpo_exp.stages.soup import soup_card, soup_made_of, soup_model, soup_text
 from bfpo_exp.store import Store
@@ -50,8 +52,8 @@ from bfpo_exp.tracking.tables import write_table
 
 SYNC_SECONDS = 5.0  # between two sendings of a run's metrics while it trains
 COMPUTES = (
-    "bandit", "config", "data", "eval", "logprobs", "losses", "models", "stages", "theory", "train", "world",
-    "run",
+    "bandit", "config", "data", "eval", "logprobs", "losses", "models", "online", "rewards", "stages", "theory",
+    "train", "world", "run",
 )  # fmt: skip
 OTHER_FAILURE = "failure.txt"  # of a process other than the main one
 VANISHED = "another process of the run has vanished"  # and left no word; the reason begins so
@@ -300,6 +302,8 @@ def _pipeline(
         weights = policy(context, weights)
     if artifacts and weights.own:
         _link(artifacts.parent / "model", Path(weights.path))
+        if (samples := Path(weights.path) / SAMPLES).exists():
+            shutil.copyfile(samples, artifacts / SAMPLES)
     if "evaluate" in config.stages:
         enter("evaluate")
         scores, responses = evaluate(context, weights)

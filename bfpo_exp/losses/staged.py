@@ -50,6 +50,6 @@ def is_staged(loss: Named) -> bool:
 
 
 STAGED: dict[str, StagedLoss] = {
-    "morl": StagedLoss("morl", Morl, needs_rewards=True),
+    "morl": StagedLoss("morl", Morl, needs_rewards=True, combines=True),
     "steerlm": StagedLoss("steerlm", SteerLM, needs_rewards=True, steers=True),
 }

@@ -65,7 +65,7 @@ def _tables(model: PreTrainedModel) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def _fill(weight: Tensor, first: int, size: int, generator: torch.Generator) -> None:
-    """The rows from ``first`` to ``size``: mean of the old ones, and noise of their spread in each dimension."""
+    """The rows from ``first`` to ``size``: the mean of those before, and noise of their spread."""
     known = weight[:first].float()
     noise = torch.randn(weight[first:size].shape, generator=generator).to(weight.device)
     weight[first:size] = (known.mean(0) + NOISE * known.std(0) * noise).to(weight.dtype)

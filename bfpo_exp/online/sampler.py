@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bfpo_exp.config.rewards import Combination
 from bfpo_exp.config.schema import Config
 from bfpo_exp.data.chat import ChatFormat
 from bfpo_exp.distributed import gathered, group
@@ -45,12 +46,14 @@ class RolloutSampler:
         reference: Reference,
         prompts: Prompts,
         scorer: Scorer,
+        rule: Combination,
         chat: ChatFormat,
         path: LogpsPath,
         config: Config,
         keep: Callable[[Rollout, list[str]], None],
     ) -> None:
-        self.model, self.reference, self.prompts, self.scorer = model, reference, prompts, scorer
+        self.model, self.reference, self.prompts = model, reference, prompts
+        self.scorer, self.rule = scorer, rule
         self.chat, self.path, self.config, self.keep = chat, path, config, keep
         self.settings = Morl.model_validate(config.loss.hyperparameters)
         self._attention = model.config._attn_implementation
@@ -72,7 +75,7 @@ class RolloutSampler:
         rewards = self._scored(rows, responses, texts)
         every = {name: torch.tensor(scores, dtype=torch.float32) for name, scores in rewards.items()}
         flagged = torch.from_numpy(self.prompts.stream[rows] == 1).repeat_interleave(self.settings.samples)
-        reward = combined(self.config.combine, every, flagged, multiplier)
+        reward = combined(self.rule, every, flagged, multiplier)
         rollout = Rollout(
             number=number,
             prompts=rows,
@@ -89,15 +92,10 @@ class RolloutSampler:
     def _scored(
         self, rows: Sequence[int], responses: list[list[int]], texts: list[str]
     ) -> dict[str, list[float]]:
-        """Each reward of each response; processes share the work."""
+        """Each reward of each response, as scored or as ``incomplete`` says."""
         k = self.settings.samples
-        mine = group().share(range(len(texts)))
-        messages = [self.prompts.messages[rows[i // k]] for i in mine]
-        scores = self.scorer(messages, [texts[i] for i in mine])
-        found: dict[str, list[float]] = {}
-        for name, own in scores.items():
-            whole = dict(gathered(list(zip(mine, own.tolist(), strict=True))))
-            found[name] = [whole[i] for i in range(len(texts))]
+        messages = [self.prompts.messages[rows[i // k]] for i in range(len(texts))]
+        found = {name: scores.tolist() for name, scores in self.scorer(messages, texts).items()}
         least = self.settings.incomplete
         if least is not None:
             for i, response in enumerate(responses):

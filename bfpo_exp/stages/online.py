@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, load_from_disk
 
-from bfpo_exp.config.rewards import Lagrangian
-from bfpo_exp.config.schema import STREAMS, Config, StreamName
+from bfpo_exp.config.rewards import Combination, Lagrangian
+from bfpo_exp.config.schema import STREAMS, StreamName
 from bfpo_exp.distributed import group
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version
@@ -24,10 +24,11 @@ from bfpo_exp.online.rollout import Prompts, Rollout
 from bfpo_exp.online.sampler import RolloutSampler, distinct_prompts
 from bfpo_exp.online.settings import Morl
 from bfpo_exp.online.value import add_value_head, without_value_head
+from bfpo_exp.rewards.scorer import shared_out
 from bfpo_exp.stages.base import METRICS, chat_format, run_stage, tokenizer
 from bfpo_exp.stages.context import Context, Weights
 from bfpo_exp.stages.preference import trained_model
-from bfpo_exp.stages.reward import rewards_made_of, scorer
+from bfpo_exp.stages.reward import combination, scorer, scorer_made_of
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.train.live_reference import live_reference
 from bfpo_exp.train.meter import Meter
@@ -42,7 +43,7 @@ def policy(context: Context, start: Weights) -> Weights:
     config = context.config
     made_of = {
         "reference": start.key,
-        "rewards": rewards_made_of(context, start),
+        "rewards": scorer_made_of(context, start),
         "combine": config.combine.model_dump(),
         "prompts": [_prompts_of_stream(context, stream).name for stream in config.trained_streams],
         "batches": config.data.batches,
@@ -74,16 +75,16 @@ def _make(context: Context, start: Weights, folder: Path) -> None:
     reference = live_reference(model, path)
     if settings.advantages == "value":
         add_value_head(model)
+    rule = combination(context, start)
     kept = SamplesFile(folder / SAMPLES, prompts)
     sampler = RolloutSampler(
-        model, reference, prompts, scorer(context, start), chat, path, config, kept.append
+        model, reference, prompts, shared_out(scorer(context, start)), rule, chat, path, config, kept.append
     )
-    rule = config.combine
     objective = OnlineObjective(
         prompts,
         reference,
         sampler,
-        lambda rollout: steered(rollout, config),
+        lambda rollout: steered(rollout, settings, rule),
         rule.multiplier if isinstance(rule, Lagrangian) else 0.0,
         config,
         context.device,
@@ -111,9 +112,8 @@ def _make(context: Context, start: Weights, folder: Path) -> None:
     file.close()
 
 
-def steered(rollout: Rollout, config: Config) -> tuple[float, float]:
+def steered(rollout: Rollout, settings: Morl, rule: Combination) -> tuple[float, float]:
     """beta and lambda for the rollout after this one."""
-    settings, rule = Morl.model_validate(config.loss.hyperparameters), config.combine
     beta, multiplier = rollout.coefficient, rollout.multiplier
     if settings.kl_target is not None:
         beta = adapted(beta, float(rollout.kl.mean()), settings.kl_target)

@@ -57,11 +57,13 @@ def asked(config: Config, prompt: Prompt) -> Prompt:
 
 
 def policy(context: Context, start: Weights) -> Weights:
-    """``start``, fine-tuned on the responses of all pairs, each after a prompt with the levels of its rewards."""
+    """``start``, fine-tuned on the pairs' responses, each after a prompt with the levels of its rewards."""
     config, loss = context.config, settings(context.config)
     responses = pair_responses(context)
     rewards = _rewards(context, start, responses)
-    levels = {name: quantised(values, loss.levels) for name, values in np.load(rewards / SCORES).items()}
+    levels = {
+        name: quantised(values, loss.levels) for name, values in dict(np.load(rewards / SCORES)).items()
+    }
     _check_steer(loss, levels)
     made_of = {
         "start": start.key,
@@ -97,11 +99,8 @@ class SteeredObjective(DemonstrationObjective):
     """Cross-entropy of responses, as many sequences a step as a loss on pairs has: two for each pair."""
 
     def __init__(self, prompt_ids: Any, response_ids: Any, config: Config, device: Any) -> None:
-        train = twice(config)
-        fields = {
-            name: getattr(train, name) for name in SeededOptimisation.model_fields if hasattr(train, name)
-        }
-        optimisation = SeededOptimisation(**fields, seed=config.seed, threads=config.threads)
+        settings = twice(config).model_dump(include=set(SeededOptimisation.model_fields))
+        optimisation = SeededOptimisation(**settings, seed=config.seed, threads=config.threads)
         super().__init__(prompt_ids, response_ids, optimisation, device)
         self.lengths = [len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True)]
 
@@ -158,7 +157,7 @@ def _check_steer(loss: SteerLM, levels: Mapping[str, np.ndarray]) -> None:
         if level not in known:
             raise UserError(
                 f"loss.steer.{name}={level}, but no response of the training pairs has that level (they have "
-                f"{', '.join(map(str, known))} of 0 to {loss.levels - 1}); steer to one of these, or lower loss.levels"
+                f"{', '.join(map(str, known))}); steer to one of these, or lower loss.levels={loss.levels}"
             )
 
 

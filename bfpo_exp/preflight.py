@@ -27,6 +27,8 @@ from bfpo_exp.models.policy import architecture, check_model, check_trainable
 from bfpo_exp.models.tokenizers import load_tokenizer
 from bfpo_exp.online.check import check_online
 from bfpo_exp.paths import home
+from bfpo_exp.rewards.check import check_rewards
+from bfpo_exp.rewards.use import trains_reward_model
 from bfpo_exp.stages.bandit import bandit_settings, bandit_warnings
 from bfpo_exp.stages.context import Context, demo_mix, stream_mix
 from bfpo_exp.stages.soup import check_soup
@@ -61,14 +63,16 @@ def _check_pipeline(config: Config) -> None:
     check_engine(config.deepspeed, *_trained(config))
     for optimisation in _trained(config):
         check_optimiser(optimisation)
+    train = config.train
     check_trainable(
-        config.model, config.train.trainable, config.train.sft.trainable, config.train.base.trainable
+        config.model, train.trainable, train.sft.trainable, train.base.trainable, train.reward.trainable
     )
     if "evaluate" in config.stages:
         check_tasks(config)
     if "sft" in config.stages:
         sft_format(config.data.format, config.train.sft.max_length)
         demo_mix(config.data)
+    check_rewards(config)
     if "preference" in config.stages:
         _check_preference(config)
     if "soup" in config.stages:
@@ -91,6 +95,8 @@ OWN_CHECKS: dict[str, Callable[[Config], None]] = {
 def _trained(config: Config) -> list[Optimisation]:
     """How the stages that are to be done train."""
     stages = {"base": config.train.base, "sft": config.train.sft, "preference": config.train}
+    if trains_reward_model(config):
+        stages["reward"] = config.train.reward
     return [optimisation for stage, optimisation in stages.items() if stage in config.stages]
 
 

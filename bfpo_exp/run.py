@@ -20,6 +20,7 @@ import yaml
 from filelock import FileLock
 
 from bfpo_exp.compare.curves import training_curves
+from bfpo_exp.config.rewards import ClassifierReward
 from bfpo_exp.config.schema import Config
 from bfpo_exp.config.schema import Stage as PipelineStage
 from bfpo_exp.data.card import card_metrics, dataset_card
@@ -35,6 +36,9 @@ from bfpo_exp.models.output import ModelCard, Stage, card_text, model_card
 from bfpo_exp.models.policy import weights_fingerprint
 from bfpo_exp.named_runs import run_name
 from bfpo_exp.paths import home
+from bfpo_exp.rewards.classifier import classifier_fingerprint
+from bfpo_exp.rewards.use import told as told_rewards
+from bfpo_exp.rewards.use import trains_reward_model, unread, uses_rewards
 from bfpo_exp.runtime import before_compute
 from bfpo_exp.stages.bandit import bandit
 from bfpo_exp.stages.base import COUNTS, base_model, sft_model
@@ -42,6 +46,8 @@ from bfpo_exp.stages.context import Context, Weights, demo_mix, device, training
 from bfpo_exp.stages.evaluate import evaluate
 from bfpo_exp.stages.online import SAMPLES
 from bfpo_exp.stages.preference import policy, reference_pass, tokenised_stream
+from bfpo_exp.stages.reward import PLOT, reward_model
+from bfpo_exp.stages.reward import REPORT as REWARD_REPORT
 from bfpo_exp.stages.soup import soup_card, soup_made_of, soup_model, soup_text
 from bfpo_exp.store import Store
 from bfpo_exp.tracking.environment import environment_tags
@@ -88,16 +94,21 @@ class Outcome:
 def run_key(config: Config) -> str:
     """The hash of everything that determines a run's numbers; where it is recorded does not.
 
-    Files count by their content, so a run on rows that have changed since is another run.
+    Files count by their content, so a run on rows that have changed since is another run.  Settings of rewards
+    count where the run reads them.
     """
+    reward = config.reward
     inputs = {
         "pairs": pairs_fingerprint(config.data) if _reads_pairs(config) else None,
         "demonstrations": demos_fingerprint(config.data) if "sft" in config.stages else None,
         "weights": weights_fingerprint(config.model) if config.model.path else None,
+        "classifier": classifier_fingerprint(reward.model)
+        if uses_rewards(config) and isinstance(reward, ClassifierReward)
+        else None,
         "device": device().type,
         "attention": resolved_attention(config.model),
     }
-    values = config.model_dump(exclude={"tracking"})
+    values = config.model_dump(exclude={"tracking": True, **unread(config)})
     if "soup" in config.stages:
         values["soup"] = soup_made_of(config)  # whatever its runs are called
     return stable_hash([values, inputs, run_code()])
@@ -110,7 +121,8 @@ def run_code() -> str:
 
 def _reads_pairs(config: Config) -> bool:
     asks_held_out = "evaluate" in config.stages and config.data.heldout > 0
-    return asks_held_out or bool({"reference", "preference"} & set(config.stages))
+    trains = bool({"reference", "preference"} & set(config.stages)) or trains_reward_model(config)
+    return asks_held_out or trains
 
 
 def run(config: Config, uri: str | None, parent_id: str | None = None, *, wait: bool = True) -> Outcome:
@@ -191,7 +203,8 @@ class _Followed(MetricsFile):
         train = config.train
         self._beat = beat
         self._totals = {
-            "base": train.base.steps, "sft": train.sft.steps, "train": train.steps, "first": train.steps,
+            "base": train.base.steps, "sft": train.sft.steps, "reward_model": train.reward.steps,
+            "train": train.steps, "first": train.steps,
         }  # fmt: skip
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -292,8 +305,12 @@ def _pipeline(
     if "sft" in config.stages:
         enter("sft")
         weights = sft_model(context, weights)
-    if {"reference", "preference"} & set(config.stages):
+    if {"reference", "preference"} & set(config.stages) or trains_reward_model(config):
         _describe_data(context, weights, artifacts)
+    if trains_reward_model(config):
+        enter("reward")
+        _show_reward_model(reward_model(context, weights), artifacts)
+    if {"reference", "preference"} & set(config.stages):
         if config.train.reference == "cached" and not is_staged(config.loss):
             enter("reference")
             reference_pass(_first_trained(context), weights)
@@ -321,6 +338,15 @@ def _card(config: Config, scores: Mapping[str, float]) -> ModelCard:
         return soup_card(config, scores)
     stage: Stage = next((s for s in ("preference", "sft") if s in config.stages), "base")
     return model_card(config, stage, scores=scores)
+
+
+def _show_reward_model(model: Weights, artifacts: Path | None) -> None:
+    """A reward model's folder, its reliability and what is to be said of it, where users look for them."""
+    if artifacts is None:
+        return
+    _link(artifacts.parent / "reward_model", Path(model.path))
+    shutil.copy(Path(model.path, PLOT), artifacts / PLOT)
+    shutil.copy(Path(model.path, REWARD_REPORT), artifacts / REPORT)
 
 
 def _link(link: Path, target: Path) -> None:
@@ -363,6 +389,8 @@ def _tags(config: Config) -> dict[str, str]:
         tags["data_fingerprint"] = training_mix(config.data).fingerprint
     if "soup" in config.stages:
         tags["soup"] = soup_text(config)
+    if uses_rewards(config):
+        tags["rewards"] = told_rewards(config)
     return tags
 
 

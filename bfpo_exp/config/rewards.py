@@ -139,4 +139,5 @@ class Fitted(Strict):
     penalty: NonNegative
 
 
-Combine = Annotated[Linear | Llama2 | Lagrangian | MaxMin | Bilinear | Fitted, Field(discriminator="rule")]
+Combination = Linear | Llama2 | Lagrangian | MaxMin | Bilinear  # what needs nothing beyond its settings
+Combine = Annotated[Combination | Fitted, Field(discriminator="rule")]

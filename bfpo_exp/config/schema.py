@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from bfpo_exp.config.rewards import Combine, Reward
+from bfpo_exp.config.rewards import Combine, Output, Reward
 from bfpo_exp.config.soup import Soup
 from bfpo_exp.config.types import Count, NonNegative, Positive, Seed, Share, StreamName, Strict
 
@@ -92,7 +92,7 @@ class Ranker(Strict):
     kind: Literal["none", "column", "model", "longer"]
     columns: list[str] | None
     model: str | None
-    output: Annotated[int, Field(ge=0)]
+    output: Output
 
     @model_validator(mode="after")
     def _complete(self) -> Ranker:

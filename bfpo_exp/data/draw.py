@@ -30,13 +30,13 @@ def draw_order(rows: np.ndarray, seed: int, source: str) -> np.ndarray:
     return np.random.default_rng([seed, name]).permutation(rows)
 
 
-def is_held_out(prompt: Sequence[Message], share: float) -> bool:
+def is_held_out(prompt: Sequence[Message], share: float, split: str = "") -> bool:
     """Whether a prompt belongs to the held-out side, which gets about this share of the prompts.
 
     It is decided by a hash of the first user turn, whitespace and case aside, and by nothing else:
     a prompt is on the same side in every source, run and seed, and so is every longer conversation
-    that begins with it.
+    that begins with it.  Splits of other names are independent of each other.
     """
     opening = next((turn["content"] for turn in prompt if turn["role"] == "user"), "")
-    normal = " ".join(opening.casefold().split()).encode("utf-8", "surrogatepass")
+    normal = (split + " ".join(opening.casefold().split())).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(normal).digest()[:8], "little") < share * 2**64

@@ -12,8 +12,8 @@ from datasets import Dataset
 
 from bfpo_exp.config.schema import Ranker
 from bfpo_exp.data.arrow import PAIR_FEATURES, derive
-from bfpo_exp.data.sources import files_digest
 from bfpo_exp.errors import UserError
+from bfpo_exp.rewards.classifier import classifier_fingerprint, load_classifier, output_number
 
 Scores = Callable[[Dataset], np.ndarray]
 
@@ -36,19 +36,14 @@ def make_scorer(ranker: Ranker) -> Scorer | None:
         assert ranker.columns is not None  # by the schema
         return Scorer("column:" + ",".join(ranker.columns), lambda pairs: _columns(pairs, ranker))
     assert ranker.model is not None  # by the schema
-    from bfpo_exp.data.reward_model import load_reward_model
-
-    return Scorer(f"model:{Path(ranker.model).name}", load_reward_model(ranker.model, ranker.output))
+    return Scorer(f"model:{Path(ranker.model).name}", _logits(ranker.model, ranker.output))
 
 
 def ranker_made_of(ranker: Ranker) -> dict[str, Any]:
     """What determines the ranker's order, as plain values; of a local model its files' content."""
     values = ranker.model_dump(mode="json")
-    folder = Path(ranker.model or "")
-    if ranker.kind == "model" and folder.is_dir():
-        values["model"] = files_digest(
-            [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.safetensors"))]
-        )
+    if ranker.kind == "model" and ranker.model:
+        values["model"] = classifier_fingerprint(ranker.model)
     return values
 
 
@@ -107,6 +102,19 @@ def _reordered(staged: Dataset, swap: np.ndarray, scorer: Scorer | None) -> Data
         PAIR_FEATURES,
         ["canonical", scorer and scorer.name, np.packbits(swap).tobytes().hex()],
     )
+
+
+def _logits(model: str, output: int | str) -> Scores:
+    """One output of a sequence classifier."""
+    classifier = load_classifier(model, "data.ranker.model")
+    number = output_number(classifier.model.config, output, "data.ranker.output")
+
+    def scores(pairs: Dataset) -> np.ndarray:
+        prompts, responses_w, responses_l = (pairs[name][:] for name in ("prompt", "response_w", "response_l"))
+        logits = classifier.logits(prompts + prompts, responses_w + responses_l)
+        return logits[:, number].reshape(2, -1).T
+
+    return scores
 
 
 def _lengths(pairs: Dataset) -> np.ndarray:

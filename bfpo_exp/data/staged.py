@@ -18,20 +18,9 @@ from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version
 
 # What of this folder determines records; a hash of it is part of their fingerprints.
-RECORD_CODE = tuple(
-    f"data/{part}"
-    for part in (
-        "arrow",
-        "clean",
-        "demos",
-        "draw",
-        "mix",
-        "rank",
-        "readers",
-        "reward_model",
-        "sources",
-        "staged",
-    )
+RECORD_CODE = (
+    *(f"data/{part}" for part in ("arrow", "clean", "demos", "draw", "mix", "rank", "readers", "sources", "staged")),
+    "rewards/classifier",
 )
 
 

@@ -22,12 +22,14 @@ class StagedLoss:
     Attributes:
         hyperparameters: the schema of its keys beyond those that every loss has.
         needs_rewards: whether it asks ``reward`` for numbers of responses.
+        combines: whether ``combine`` makes one number of them.
         steers: whether its policy is told at evaluation what to be (``steer`` of its hyper-parameters).
     """
 
     name: str
     hyperparameters: type[BaseModel]
     needs_rewards: bool
+    combines: bool = False
     steers: bool = False
 
     @property

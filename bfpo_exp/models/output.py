@@ -19,12 +19,13 @@ from bfpo_exp.data.card import Counts, table
 from bfpo_exp.data.chat import ChatFormat
 from bfpo_exp.data.records import Message
 from bfpo_exp.models.policy import is_local
+from bfpo_exp.rewards.use import unread
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-Stage = Literal["base", "sft", "preference"]
+Stage = Literal["base", "sft", "reward", "preference"]
 CARD = "README.md"
 SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,6 +41,22 @@ prompt = tokenizer.apply_chat_template(
 output = model.generate(**prompt, max_new_tokens=100)
 print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 """
+REWARD_SNIPPET = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+folder = "."  # the folder of this file, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForSequenceClassification.from_pretrained(folder, dtype="auto")
+
+messages = [
+    {"role": "user", "content": "How do I keep basil fresh?"},
+    {"role": "assistant", "content": "Put its stems in a glass of water."},
+]
+text = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+for name, logit in zip(model.config.id2label.values(), model(**text).logits[0].tolist()):
+    print(name, logit)  # rewards.json says how a logit becomes a reward in [0, 1]
+"""
+USES = {"text-generation": SNIPPET, "text-classification": REWARD_SNIPPET}  # by the hub's name of the task
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,7 @@ class ModelCard:
         config: the settings that made the model, as plain values.
         counts: what became of the data's rows, by what they are ("demonstrations").
         scores: in percent, by the metric's name.
+        task: what the model does, as the hub names it: a key of `USES`.
     """
 
     title: str
@@ -64,6 +82,7 @@ class ModelCard:
     config: Mapping[str, Any] = field(default_factory=dict)
     counts: Counts = field(default_factory=dict)
     scores: Mapping[str, float] = field(default_factory=dict)
+    task: str = "text-generation"
 
 
 def model_card(
@@ -73,7 +92,7 @@ def model_card(
 
     It tells of the settings up to that stage only, since runs that differ in later ones share it.
     """
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude=unread(config) if stage == "preference" else None)
     told: dict[str, Any] = {"model": values["model"]}
     done = ["base"] if stage == "base" else ["base", "sft"]
     told["train"] = {name: values["train"][name] for name in done}
@@ -81,13 +100,19 @@ def model_card(
     if stage != "base":
         told["data"] = {"format": values["data"]["format"], "sft": values["data"]["sft"]}
         sources |= config.data.sft
+    if stage == "reward":
+        told |= {"data": values["data"], "train": told["train"] | {"reward": values["train"]["reward"]}}
+        sources |= {n: s for n, s in config.data.pairs.items() if s.stream in config.data.streams}
     if stage == "preference":
-        told |= {name: values[name] for name in ("data", "train", "loss", "seed")}
+        kept = ("data", "train", "loss", "reward", "combine", "seed")
+        told |= {name: values[name] for name in kept if name in values}
         sources |= {n: s for n, s in config.data.pairs.items() if s.stream in config.trained_streams}
     origin = config.model.path or f"random weights ({(config.model.architecture or {}).get('model_type')})"
     what = {
         "base": "A base model",
         "sft": "A model fine-tuned on demonstrations",
+        "reward": "A reward model with the outputs helpfulness and safety, made of a model fine-tuned on "
+        "demonstrations",
         "preference": f"A model fine-tuned on demonstrations, then on preference pairs with the loss "
         f"{config.loss.name}",
     }[stage]
@@ -101,17 +126,18 @@ def model_card(
         config=told,
         counts=counts or {},
         scores=scores or {},
+        task="text-classification" if stage == "reward" else "text-generation",
     )
 
 
 def card_text(card: ModelCard) -> str:
     """The card in Markdown, after front matter in YAML as the hub reads it."""
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": card.task}
     front |= {"base_model": card.base_model} if card.base_model else {}
     front |= {"datasets": list(card.datasets)} if card.datasets else {}
     front |= {"tags": list(card.tags)} if card.tags else {}
     parts = ["---", _yaml(front), "---", "", f"# {card.title}", "", card.summary, ""]
-    parts += ["## Use", "", "```python", SNIPPET.rstrip(), "```", ""]
+    parts += ["## Use", "", "```python", USES[card.task].rstrip(), "```", ""]
     if card.scores:
         parts += ["## Scores", "", "In percent.", "", "| metric | score |", "|---|---:|"]
         parts += [f"| {name} | {value:.2f} |" for name, value in card.scores.items()]
@@ -131,7 +157,7 @@ def write_model_folder(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Weights as safetensors, config, generation config, tokenizer with its chat template, card.
+    """Weights as safetensors, config, tokenizer with its chat template, card; for a model that generates, how.
 
     ``state_dict`` holds the weights, whole and on the CPU, where the model's own are shared out
     over processes; it is left as it is.  Generation ends at the chat format's end of turn.  Model
@@ -140,19 +166,23 @@ def write_model_folder(
     from transformers import GenerationConfig
 
     tokenizer = chat.tokenizer
-    generation, template = model.generation_config, tokenizer.chat_template
+    generates, template = model.can_generate(), tokenizer.chat_template
+    generation = model.generation_config if generates else None
     # A config of our own: one that came with pretrained weights may hold what transformers refuses to save.
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=chat.end_of_turn_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    if generates:
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=chat.end_of_turn_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     tokenizer.chat_template = standalone_template(chat)
     try:
         model.save_pretrained(folder, state_dict=None if state_dict is None else dict(state_dict))
         tokenizer.save_pretrained(folder)
     finally:
-        model.generation_config, tokenizer.chat_template = generation, template
+        tokenizer.chat_template = template
+        if generates:
+            model.generation_config = generation
     (folder / CARD).write_text(card_text(card), encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ from bfpo_exp.plan.parameters import Shape, known_shape, trained_parameters
 from bfpo_exp.plan.published import beside_published
 from bfpo_exp.plan.stages import StagePlan, stage_plans
 from bfpo_exp.plan.timing import seconds_a_step, why_not_timed
+from bfpo_exp.rewards.use import trains_reward_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +109,7 @@ def _data(config: Config) -> Iterator[str]:
     rows: list[tuple[str, str, Source]] = []
     if "sft" in config.stages:
         rows += [("demonstrations", name, source) for name, source in data.sft.items()]
-    if {"reference", "preference"} & set(config.stages):
+    if {"reference", "preference"} & set(config.stages) or trains_reward_model(config):
         pairs = {name: source for name, source in data.pairs.items() if source.stream in data.streams}
         rows += [(f"pairs, {source.stream}", name, source) for name, source in pairs.items()]
     for what, name, source in rows:
@@ -167,7 +168,8 @@ def _stage(
     if known is None:
         return
     shape, model = known
-    lora = config.train.lora if stage.unit == "pairs" else None
+    compares = stage.loss is not None
+    lora = config.train.lora if compares else None
     trained = trained_parameters(model, settings.trainable, lora)
     which = (
         "adapters"
@@ -177,9 +179,9 @@ def _stage(
         else ", ".join(settings.trainable)
     )
     yield f"trained: {trained:,} parameters ({which}), {100 * trained / shape.parameters:.1f} % of all"
-    live = stage.unit == "pairs" and config.train.reference == "live"
+    live = compares and config.train.reference == "live"
     setting = Setting.of(config.model.dtype, config.deepspeed, stage.processes)
-    shared = stage.unit == "pairs" and chosen_path(config.model, stage.length).name == "shared"
+    shared = compares and chosen_path(config.model, stage.length).name == "shared"
     yield from _memory(shape, trained, stage, setting, adapters=lora is not None, live=live, shared=shared)
     yield f"time: {_time(config, stage, shape, timed)}"
 

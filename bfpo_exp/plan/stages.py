@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bfpo_exp.config.schema import Config, Data, Loss, Optimisation, Source
+from bfpo_exp.rewards.use import trains_reward_model
 from bfpo_exp.train.loop import total_steps
 
 
@@ -14,7 +15,7 @@ class StagePlan:
     """The steps of one stage.
 
     Attributes:
-        name: ``base``, ``sft``, ``preference`` or ``preference, first loss``.
+        name: ``base``, ``sft``, ``reward``, ``preference`` or ``preference, first loss``.
         unit: what a batch counts, ``pairs``, ``prompts`` (of samples) or ``sequences``.
         optimisation: its settings.
         processes: that share out each batch.
@@ -102,6 +103,9 @@ def stage_plans(config: Config, processes: int) -> list[StagePlan]:
         plans.append(
             StagePlan("sft", "sequences", train.sft, processes, longest, demonstrations, packed=packed)
         )
+    if trains_reward_model(config):
+        labelled = _rows(source for source in data.pairs.values() if source.stream in data.streams)
+        plans.append(StagePlan("reward", "pairs", train.reward, processes, length, labelled))
     if "preference" in config.stages:
         plans += _preference(config.loss, data, train, processes, "preference")
     return plans

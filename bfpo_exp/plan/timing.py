@@ -37,7 +37,7 @@ def seconds_a_step(config: Config, shape: Shape, stage: StagePlan) -> float:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = random_weights(config.model, device, vocab_size=shape.vocabulary)
     engine = PlainEngine(model, select_trainable(model, settings.trainable), settings, 1)
-    path = chosen_path(config.model, stage.length) if stage.unit == "pairs" else PADDED
+    path = PADDED if stage.loss is None else chosen_path(config.model, stage.length)
     rows = _random_rows(stage, path, shape.vocabulary, device)
     seconds = []
     with cpu_threads(settings.threads if isinstance(settings, SeededOptimisation) else config.threads):

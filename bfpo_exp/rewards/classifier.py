@@ -36,6 +36,8 @@ class Classifier:
     @torch.inference_mode()
     def logits(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """All outputs for a response to each of n prompts, float64 (n, outputs); batched by length."""
+        if not prompts:
+            return np.empty((0, self.model.config.num_labels))
         encoded = self.chat.encode_batch(prompts, [[response] for response in responses])
         sequences = [tokens.prompt_ids + tokens.response_ids for (tokens,) in encoded]
         pad = self.model.config.pad_token_id

@@ -13,13 +13,35 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from bfpo_exp.config.rewards import Bilinear, Combination, Lagrangian, Linear, Llama2, MaxMin
+
 LEAST = 1e-3  # of a probability whose logit is taken
+
+
+def combined(rule: Combination, rewards: Mapping[str, Tensor], flagged: Tensor, multiplier: float) -> Tensor:
+    """The global reward by a rule of the config, float32 (n,).
+
+    ``flagged``, bool (n,), says which prompts are known to be unsafe to answer (`llama2`); ``multiplier``
+    is where dual ascent has brought Safe RLHF's (`lagrangian`).  The other rules read neither.
+    """
+    match rule:
+        case Linear():
+            return linear(rewards, rule.weights.model_dump())
+        case Llama2():
+            return llama2(rewards, flagged, rule.threshold)
+        case Lagrangian():
+            return lagrangian(rewards, multiplier, rule.normalised)
+        case MaxMin():
+            return max_min(rewards)
+        case Bilinear():
+            return bilinear(rewards, rule.a1, rule.a2)
 
 
 def linear(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """sum_k w_k r_k: MORL, and Rewarded Soups' training.
 
-    >>> linear({"helpfulness": torch.tensor([1.0]), "safety": torch.tensor([0.5])}, {"helpfulness": 0.2, "safety": 0.8})
+    >>> rewards = {"helpfulness": torch.tensor([1.0]), "safety": torch.tensor([0.5])}
+    >>> linear(rewards, {"helpfulness": 0.2, "safety": 0.8})
     tensor([0.6000])
     """
     return torch.stack([weights[name] * reward for name, reward in rewards.items()]).sum(0)

@@ -15,6 +15,7 @@ from typing import Any
 from bfpo_exp.config.schema import Config, Stage
 from bfpo_exp.hashing import stable_hash
 from bfpo_exp.losses.staged import is_staged
+from bfpo_exp.rewards.use import trains_reward_model
 
 MODELS: tuple[Stage, ...] = ("base", "sft")
 
@@ -35,7 +36,7 @@ class Shared:
 
 
 def shared_stages(configs: Mapping[int, Config]) -> list[Shared]:
-    """What at least two of these jobs share: models first, then the reference's log-probs on them.
+    """What at least two of these jobs share: models first, then reward models and log-probs made with them.
 
     Jobs are put together by the parts of their configs that `bfpo_exp.stages` makes the keys of its
     results of.  Groups that differ may still share an entry of the store, such as the log-probs of one
@@ -51,15 +52,22 @@ def shared_stages(configs: Mapping[int, Config]) -> list[Shared]:
         if len(numbers) > 1:
             place[key] = len(found)
             found.append(Shared(_model_stages(configs[numbers[0]]), tuple(numbers)))
+    rewards: dict[tuple[str, str], list[int]] = {}
     references: dict[tuple[str, str], list[int]] = {}
     for number, config in configs.items():
+        if trains_reward_model(config):
+            keys = stable_hash(_models_part(config)), stable_hash(_reward_part(config))
+            rewards.setdefault(keys, []).append(number)
         if _needs_reference(config):
             keys = stable_hash(_models_part(config)), stable_hash(_reference_part(config))
             references.setdefault(keys, []).append(number)
-    for (model, _), numbers in references.items():
-        if len(numbers) > 1:
-            stages: tuple[Stage, ...] = (*_model_stages(configs[numbers[0]]), "reference")
-            found.append(Shared(stages, tuple(numbers), place.get(model)))
+    groups: list[tuple[Stage, dict[tuple[str, str], list[int]]]]
+    groups = [("reward", rewards), ("reference", references)]
+    for stage, jobs in groups:
+        for (model, _), numbers in jobs.items():
+            if len(numbers) > 1:
+                stages = (*_model_stages(configs[numbers[0]]), stage)
+                found.append(Shared(stages, tuple(numbers), place.get(model)))
     return found
 
 
@@ -88,13 +96,22 @@ def _models_part(config: Config) -> list[Any]:
     ]
 
 
+def _reward_part(config: Config) -> list[Any]:
+    """What a reward model is made of beside the model that it starts from."""
+    return [*_pairs_part(config), config.train.reward.model_dump()]
+
+
 def _reference_part(config: Config) -> list[Any]:
     """What the pairs are made of whose log-probs are taken: those of the loss that is trained first."""
     first = config.loss
     while first.first is not None:
         first = first.first
+    return [*_pairs_part(config), sorted(first.streams or config.data.streams)]
+
+
+def _pairs_part(config: Config) -> list[Any]:
     streams = set(config.data.streams)
     pairs = {
         name: source.model_dump() for name, source in config.data.pairs.items() if source.stream in streams
     }
-    return [sorted(streams), sorted(first.streams or streams), pairs]
+    return [sorted(streams), pairs]

@@ -15,6 +15,7 @@ from bfpo_exp.config.schema import Config
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import home
 from bfpo_exp.progress import progress
+from bfpo_exp.rewards.use import trains_reward_model
 from bfpo_exp.sweep.ending import command, concluded
 from bfpo_exp.sweep.manifest import Manifest
 from bfpo_exp.sweep.shared import shared_stages
@@ -51,6 +52,8 @@ def submit(manifest: Manifest, numbers: Sequence[int]) -> None:
 def _check_batches(config: Config, processes: int) -> None:
     """A `UserError` where a batch cannot be shared out over the processes that a run is to have."""
     stages = {"base": config.train.base, "sft": config.train.sft, "preference": config.train}
+    if trains_reward_model(config):
+        stages["reward"] = config.train.reward
     for stage, optimisation in stages.items():
         if stage in config.stages and optimisation.batch % processes:
             raise UserError(

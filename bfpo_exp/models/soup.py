@@ -48,7 +48,6 @@ def weighted_mean(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor
     """sum_i w_i t_i, summed in float32 in the order given and rounded to the tensors' own type.
 
     Tensors of whole numbers, which no training moves, have to be equal, and are taken as they are.
-    A weight of 1 beside nothing else gives the tensor bit for bit.
 
     >>> import torch
     >>> weighted_mean([torch.tensor([1.0, -2.0]), torch.tensor([3.0, 2.0])], [0.25, 0.75])
@@ -56,19 +55,17 @@ def weighted_mean(tensors: Iterable[Tensor], weights: Sequence[float]) -> Tensor
     """
     import torch
 
-    total: Tensor | None = None
-    first: Tensor | None = None
+    mean: Tensor | None = None
     for tensor, weight in zip(tensors, weights, strict=True):
-        if first is None or total is None:
-            first = tensor
-            total = tensor.float() * weight
-        elif first.is_floating_point():
-            total.add_(tensor.float(), alpha=weight)
-        elif not torch.equal(first, tensor):
+        dtype, whole = tensor.dtype, not tensor.is_floating_point()
+        if mean is None:
+            mean = tensor if whole else tensor.float() * weight
+        elif not whole:
+            mean.add_(tensor.float(), alpha=weight)
+        elif not torch.equal(mean, tensor):
             raise UserError("the models differ in whole numbers, of which there is no mean")
-    assert first is not None
-    assert total is not None
-    return total.to(first.dtype) if first.is_floating_point() else first
+    assert mean is not None
+    return mean.to(dtype)
 
 
 def difference(folder: Path, other: Path) -> str | None:
@@ -87,24 +84,29 @@ def difference(folder: Path, other: Path) -> str | None:
 def write_mean(folders: Sequence[Path], weights: Sequence[float], out: Path) -> None:
     """The weighted mean of the models in these folders, as one that transformers reads.
 
-    Everything but the weights is the first folder's: config, tokenizer, and how tensors are shared
-    out over files.  There are never more than two tensors in memory.  With the weights 1, 0, ... the
-    files are those of the first folder, byte for byte.
+    Everything but the weights (config, tokenizer, how tensors are shared out over files) is that of the
+    first folder whose weight is not 0.  There are never more than a few tensors in memory.  A model that
+    has all the weight is copied, byte for byte.
     """
-    taken = [
-        (_tensors(folder), weight) for folder, weight in zip(folders, weights, strict=True) if weight != 0
-    ]
-    kept = [weight for _, weight in taken]
+    kept = [(folder, weight) for folder, weight in zip(folders, weights, strict=True) if weight != 0]
+    first = kept[0][0]
+    if len(kept) > 1:
+        _write_tensors([folder for folder, _ in kept], [weight for _, weight in kept], out)
+    for pattern in BESIDE if len(kept) > 1 else (WEIGHTS, *BESIDE):
+        for path in sorted(first.glob(pattern)):
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            copy(path, out / path.name)
+
+
+def _write_tensors(folders: Sequence[Path], weights: Sequence[float], out: Path) -> None:
+    """Files that begin as those of the first folder do, with the mean of each tensor in its place."""
+    holders = [_tensors(folder) for folder in folders]
     for file in map(_File.read, sorted(folders[0].glob(WEIGHTS))):
         with (out / file.path.name).open("wb") as target:
             target.write(file.head)
             for name in file.in_order():
-                mean = weighted_mean((_loaded(files[name].path, name) for files, _ in taken), kept)
-                target.write(_bytes(mean))
-    for pattern in BESIDE:
-        for path in sorted(folders[0].glob(pattern)):
-            copy = shutil.copytree if path.is_dir() else shutil.copy
-            copy(path, out / path.name)
+                each = (_loaded(holder[name].path, name) for holder in holders)
+                target.write(_bytes(weighted_mean(each, weights)))
 
 
 def _tensors(folder: Path) -> dict[str, _File]:

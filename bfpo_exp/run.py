@@ -95,8 +95,8 @@ class Outcome:
 def run_key(config: Config) -> str:
     """The hash of everything that determines a run's numbers; where it is recorded does not.
 
-    Files count by their content, so a run on rows that have changed since is another run.  Settings of rewards
-    count where the run reads them.
+    Files count by their content, so a run on rows that have changed since is another run.  Settings of
+    rewards count where the run reads them.
     """
     reward = config.reward
     inputs = {
@@ -311,10 +311,10 @@ def _pipeline(
     if trains_reward_model(config):
         enter("reward")
         _show_reward_model(reward_model(context, weights), artifacts)
-    if {"reference", "preference"} & set(config.stages):
-        if config.train.reference == "cached" and not is_staged(config.loss):
-            enter("reference")
-            reference_pass(_first_trained(context), weights)
+    compares = bool({"reference", "preference"} & set(config.stages)) and not is_staged(config.loss)
+    if compares and config.train.reference == "cached":
+        enter("reference")
+        reference_pass(_first_trained(context), weights)
     if "preference" in config.stages:
         enter("preference")
         weights = policy(context, weights)

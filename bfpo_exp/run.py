@@ -53,6 +53,7 @@ from bfpo_exp.store import Store
 from bfpo_exp.tracking.environment import environment_tags
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.tracking.recorder import Recorder, failed, publish_copy
+from bfpo_exp.tracking.runs import REWARDS
 from bfpo_exp.tracking.sync_later import LATER, Later
 from bfpo_exp.tracking.tables import write_table
 
@@ -390,7 +391,7 @@ def _tags(config: Config) -> dict[str, str]:
     if "soup" in config.stages:
         tags["soup"] = soup_text(config)
     if uses_rewards(config):
-        tags["rewards"] = told_rewards(config)
+        tags[REWARDS] = told_rewards(config)
     return tags
 
 

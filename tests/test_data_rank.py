@@ -19,6 +19,7 @@ from data_support import (
     runs_root,  # noqa: F401
     write_rows,
 )
+from reward_support import write_classifier
 
 from bfpo_exp.config.schema import Ranker
 from bfpo_exp.data.mix import load_pairs, pairs_fingerprint
@@ -130,30 +131,12 @@ def test_longer_on_real_pairs() -> None:
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random two-output Llama classifier in a folder, as safetensors."""
-    import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("reward_model")
-    tokenizer = bpe_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        num_labels=2,
-        initializer_range=0.5,
-    )
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    """A random classifier with the outputs a and b."""
+    return write_classifier(tmp_path_factory.mktemp("reward_model"), bpe_tokenizer())
 
 
-@pytest.mark.parametrize("output", [0, 1])
-def test_model(tmp_path: Path, reward_model: Path, output: int) -> None:
+@pytest.mark.parametrize("output", [0, 1, "b"])
+def test_model(tmp_path: Path, reward_model: Path, output: int | str) -> None:
     """Batched and padded scores order pairs as scores of one text at a time."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -165,7 +148,8 @@ def test_model(tmp_path: Path, reward_model: Path, output: int) -> None:
         text = f"<s><|user|>\n{prompt}</s>\n<|assistant|>\n{response}</s>"
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
-            return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, output].item()
+            number = {"b": 1}.get(output, output)
+            return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, number].item()
 
     rows = [pku_row(f"door {i}", "key " * (i % 5 + 1), "the open door" + "!" * i) for i in range(20)]
     pairs, _ = ranked(
@@ -181,12 +165,25 @@ def test_models_that_cannot_rank(tmp_path: Path, reward_model: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [pku_row()])
     with pytest.raises(UserError, match=r"data\.ranker\.output=2 is not allowed: .* has 2 outputs"):
         ranked(path, kind="model", model=str(reward_model), output=2)
+    with pytest.raises(UserError, match=r"unknown data\.ranker\.output 'c'; allowed: a, b"):
+        ranked(path, kind="model", model=str(reward_model), output="c")
     with pytest.raises(
         UserError, match="is no folder, and as a hub id it is not pinned; write org/name@<commit>"
     ):
         ranked(path, kind="model", model="org/name")
     with pytest.raises(UserError, match="cannot be loaded"):
         ranked(path, kind="model", model=str(tmp_path))
+
+
+def test_a_model_without_a_trained_output_layer_cannot_rank(tmp_path: Path) -> None:
+    """transformers would load it, and give it an output layer of random weights."""
+    from model_support import made_model
+
+    made_model().save_pretrained(tmp_path / "policy")
+    bpe_tokenizer().save_pretrained(tmp_path / "policy")
+    path = write_rows(tmp_path / "a.jsonl", [pku_row()])
+    with pytest.raises(UserError, match=r"data\.ranker\.model=.*policy is a LlamaForCausalLM"):
+        ranked(path, kind="model", model=str(tmp_path / "policy"))
 
 
 def test_fingerprint_follows_the_models_weights(tmp_path: Path, reward_model: Path) -> None:

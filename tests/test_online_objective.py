@@ -77,11 +77,17 @@ def settings(config: Callable[..., Config]) -> Settings:
 def made_prompts(n: int = 24) -> Prompts:
     rng = np.random.default_rng(0)
     ids = [[1, *rng.integers(3, 64, rng.integers(1, 9)).tolist()] for _ in range(n)]
-    return Prompts([[{"role": "user", "content": str(row)}] for row in ids], ids, (np.arange(n) % 2).astype(np.int8))
+    return Prompts(
+        [[{"role": "user", "content": str(row)}] for row in ids], ids, (np.arange(n) % 2).astype(np.int8)
+    )
 
 
 def made_objective(
-    model: Any, config: Config, path: Any = SHARED, keep: Callable[..., None] = lambda *_: None, rule: Any = LINEAR
+    model: Any,
+    config: Config,
+    path: Any = SHARED,
+    keep: Callable[..., None] = lambda *_: None,
+    rule: Any = LINEAR,
 ) -> OnlineObjective:
     prompts, reference = made_prompts(), live_reference(model, path)
     if config.loss.hyperparameters["advantages"] == "value":
@@ -136,7 +142,9 @@ def test_how_a_step_is_cut_changes_no_gradient(settings: Settings, advantages: s
         gradients(model, objective)
         with torch.no_grad():  # away from the policy that sampled, so that everything has a gradient
             for parameter in model.parameters():
-                parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+                parameter.add_(
+                    0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                )
         found = gradients(model, objective, step=1)
         expected = expected or found
         for name, gradient in expected.items():
@@ -226,7 +234,10 @@ def test_incomplete_responses_get_the_reward_that_is_set(settings: Settings) -> 
     objective = made_objective(model, config, keep=lambda *both: kept.append(both))
     next(objective.microbatches(0))
     ((rollout, texts),) = kept
-    cut = [response[-1] != END_OF_TURN or not text for response, text in zip(rollout.responses, texts, strict=True)]
+    cut = [
+        response[-1] != END_OF_TURN or not text
+        for response, text in zip(rollout.responses, texts, strict=True)
+    ]
     assert any(cut)
     for name in ("helpfulness", "safety"):
         values = np.array(rollout.rewards[name])

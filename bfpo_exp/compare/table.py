@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bfpo_exp.compare.collect import RunRow
 from bfpo_exp.compare.settings import grouped, identifying, short_names
 from bfpo_exp.errors import unknown
-from bfpo_exp.tracking.runs import FAILURE
+from bfpo_exp.tracking.runs import EXACT, FAILURE, REWARDS
 
 HELPFULNESS = "eval/helpfulness"
 GEN = "eval/gen"
@@ -92,11 +92,13 @@ def compare(
     names = identifying(params)
     finished = [run.status == "FINISHED" for run in runs]
     shown = list(dict.fromkeys([*metrics, *([sort] if sort else [])]))
-    rows = []
+    rows, exact = [], []
     for values, numbers in grouped(params, names).items():
         done = [runs[i] for i in numbers if finished[i]]
         cells = {m: Cell.of([run.metrics[m] for run in done if m in run.metrics]) for m in shown}
         rows.append(Row(values, cells, len(done)))
+        if any(runs[i].tags.get(REWARDS) == EXACT for i in numbers):
+            exact.append(rows[-1].label)
     if sort:
         rows = _sorted(rows, sort, {m for run in runs for m in run.metrics})
     return Comparison(
@@ -105,8 +107,14 @@ def compare(
         names=tuple(short_names(names)),
         metrics=tuple(shown),
         rows=tuple(rows),
-        footnotes=tuple(_unfinished(runs)),
+        footnotes=(*_upper_bounds(exact), *_unfinished(runs)),
     )
+
+
+def _upper_bounds(labels: Sequence[str]) -> list[str]:
+    """Which settings were trained on rewards that no reward model can match."""
+    told = "trained on the exact rewards of the generated world's judge, an upper bound"
+    return [f"{told}: {', '.join(labels)}"] if labels else []
 
 
 def _sorted(rows: list[Row], metric: str, known: set[str]) -> list[Row]:

@@ -110,7 +110,9 @@ def _logits(model: str, output: int | str) -> Scores:
     number = output_number(classifier.model.config, output, "data.ranker.output")
 
     def scores(pairs: Dataset) -> np.ndarray:
-        prompts, responses_w, responses_l = (pairs[name][:] for name in ("prompt", "response_w", "response_l"))
+        prompts, responses_w, responses_l = (
+            pairs[name][:] for name in ("prompt", "response_w", "response_l")
+        )
         logits = classifier.logits(prompts + prompts, responses_w + responses_l)
         return logits[:, number].reshape(2, -1).T
 

@@ -19,7 +19,10 @@ from bfpo_exp.hashing import code_version
 
 # What of this folder determines records; a hash of it is part of their fingerprints.
 RECORD_CODE = (
-    *(f"data/{part}" for part in ("arrow", "clean", "demos", "draw", "mix", "rank", "readers", "sources", "staged")),
+    *(
+        f"data/{part}"
+        for part in ("arrow", "clean", "demos", "draw", "mix", "rank", "readers", "sources", "staged")
+    ),
     "rewards/classifier",
 )
 

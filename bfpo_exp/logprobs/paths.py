@@ -68,7 +68,12 @@ def _shared_positions(pairs: Sequence[Lengths]) -> int:
 
 
 PADDED = LogpsPath(
-    "padded", _padded_rows, padded.response_logps, padded.states, _padded_positions, lambda model: nullcontext()
+    "padded",
+    _padded_rows,
+    padded.response_logps,
+    padded.states,
+    _padded_positions,
+    lambda model: nullcontext(),
 )
 SHARED = LogpsPath(
     "shared", shared.SharedRow.of, shared.response_logps, shared.states, _shared_positions, shared_attention

@@ -183,7 +183,9 @@ class OnlineObjective(Objective[SampleBatch]):
         share = 1.0 / lengths if self.config.loss.logps == "mean" else torch.ones_like(lengths).float()
 
         def flat(parts: list[list[float]]) -> Tensor:
-            return torch.tensor([x for i in places for x in parts[i]], dtype=torch.float32, device=self.device)
+            return torch.tensor(
+                [x for i in places for x in parts[i]], dtype=torch.float32, device=self.device
+            )
 
         return SampleBatch(
             rows=rows,

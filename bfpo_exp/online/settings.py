@@ -61,5 +61,7 @@ class Morl(Strict):
                 "at least 2, or use advantages=value"
             )
         if self.kl_target is not None and self.beta == 0:
-            raise ValueError("kl_target steers beta by factors, which leave beta=0 as it is; give a beta above 0")
+            raise ValueError(
+                "kl_target steers beta by factors, which leave beta=0 as it is; give a beta above 0"
+            )
         return self

@@ -163,7 +163,9 @@ def split_revision(model: str, key: str) -> tuple[str, str | None]:
         return model, None
     name, _, revision = model.partition("@")
     if not revision:
-        raise UserError(f"{key}={model} is no folder, and as a hub id it is not pinned; write {name}@<commit>")
+        raise UserError(
+            f"{key}={model} is no folder, and as a hub id it is not pinned; write {name}@<commit>"
+        )
     return name, revision
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from bfpo_exp.config.rewards import Judge, Learnt
 from bfpo_exp.config.schema import Config
 from bfpo_exp.losses import StagedLoss, get_loss
+from bfpo_exp.tracking.runs import EXACT
 
 
 def uses_rewards(config: Config) -> bool:
@@ -40,8 +41,8 @@ def unread(config: Config) -> dict[str, Any]:
 
 
 def told(config: Config) -> str:
-    """Who gives the rewards, in words for tags and tables."""
+    """Who gives the rewards, in words for a run's tag."""
     reward = config.reward
     if isinstance(reward, Judge):
-        return "judge (exact: an upper bound)"
+        return EXACT
     return "learnt" if isinstance(reward, Learnt) else f"classifier {reward.model}"

@@ -16,6 +16,8 @@ KIND = "bfpo.kind"  # tag: "sweep" for a parent, "run" for a child
 LABEL = "bfpo.label"  # tag: the row that a run belongs to, its method or its loss
 PARENT = "mlflow.parentRunId"
 FAILURE = "failure"  # tag: why a run failed, in one line
+REWARDS = "rewards"  # tag: who rewarded the responses of a run that was trained on rewards
+EXACT = "judge (exact: an upper bound)"  # its value for the generated world's judge
 TAGS_PER_CALL = PARAMS_PER_CALL = 100  # MLflow's limits
 _TOKEN = "bfpo.publication"
 

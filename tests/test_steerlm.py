@@ -149,11 +149,13 @@ def test_new_rows_alone_are_trained_beside_the_chosen_weights(
     model = tiny_model(kind, **fields)
     chosen = ["mlp.down_proj"] if kind == "llama" else ["mlp.c_proj"]
     ids = torch.tensor([[1, 5, 9, 30]])
-    before = model(ids).logits
+    with torch.no_grad():
+        before = model(ids).logits
     old = {name: t.clone() for name, t in model.state_dict().items()}
     select_trainable(model, chosen)
     extend_embeddings(model, 64, 76, seed=3)
-    torch.testing.assert_close(model(ids).logits[..., :64], before, rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits[..., :64], before, rtol=0, atol=0)
     train_new_rows(model, 64)
 
     table = model.get_input_embeddings().weight
@@ -288,7 +290,7 @@ def test_interrupted_and_continued_it_is_the_same_policy(
 def test_what_is_asked_for_makes_no_other_policy(context: Context, config: Callable[..., Config]) -> None:
     start = base_model(context)
     trained = policy(context, start)
-    another = replace(context, config=config(*SMALL_RUN, "loss.steer.helpfulness=2"))
+    another = replace(context, config=config(*SMALL_RUN, "loss.steer.helpfulness=1"))
     assert policy(another, start) == trained
     for change in ("loss.levels=20", "loss.template=' safety {safety} helpfulness {helpfulness}'", "seed=1"):
         more = ["loss.steer={helpfulness:19,safety:19}"] if "levels" in change else []

@@ -30,7 +30,7 @@ def extend_embeddings(model: PreTrainedModel, first: int, size: int, seed: int) 
     A new row is the mean of the old ones with noise around it, drawn from ``seed``; so are those of an
     output layer with a weight of its own.  A table with rows to spare keeps its size.
     """
-    if size > model.get_input_embeddings().weight.shape[0]:
+    if size > len(_tables(model)[0]):
         model.resize_token_embeddings(size, mean_resizing=False)
     for weight in _tables(model):
         _fill(weight, first, size, torch.Generator().manual_seed(seed))
@@ -56,11 +56,9 @@ def train_new_rows(model: PreTrainedModel, first: int) -> None:
 
 def _tables(model: PreTrainedModel) -> list[nn.Parameter]:
     """The weights with a row for each token: of the input, and of the output where it is another."""
-    tables = [model.get_input_embeddings().weight]
-    output = model.get_output_embeddings()
-    if output is not None and output.weight is not tables[0]:
-        tables.append(output.weight)
-    return tables
+    layers: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    tables = {id(layer.weight): layer.weight for layer in layers if layer is not None}
+    return list(tables.values())
 
 
 @torch.no_grad()

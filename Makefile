@@ -25,7 +25,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev  ## our step and sweeps beside TRL's, and what each stage takes, on this machine
+bench: $(VENV)/.installed-dev  ## our step beside TRL's, and how its cost grows, on this machine
 	$(BIN)/python -m benchmarks
 
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client

@@ -59,8 +59,8 @@ from bfpo_exp.tracking.tables import write_table
 
 SYNC_SECONDS = 5.0  # between two sendings of a run's metrics while it trains
 COMPUTES = (
-    "bandit", "config", "data", "eval", "logprobs", "losses", "models", "online", "rewards", "stages", "steer",
-    "theory", "train", "world", "run",
+    "bandit", "config", "data", "eval", "logprobs", "losses", "models", "online", "rewards", "stages",
+    "steer", "theory", "train", "world", "run",
 )  # fmt: skip
 OTHER_FAILURE = "failure.txt"  # of a process other than the main one
 VANISHED = "another process of the run has vanished"  # and left no word; the reason begins so

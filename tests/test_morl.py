@@ -28,13 +28,15 @@ def test_a_run_from_end_to_end(command: Command, tmp_path: Path, reward: str) ->
         assert f"train/{name}" in last
     assert {"eval/helpfulness", "eval/gen", "perf/pairs_per_second", "perf/tokens_per_second"} <= set(last)
     samples = [json.loads(line) for line in (folder / "artifacts" / "samples.jsonl").read_text().splitlines()]
-    # six steps are one and a half rollouts of two batches of eight prompts with four samples, passed over twice
+    # A rollout: two batches of eight prompts with four samples, passed over twice; six steps begin two.
     assert len(samples) == 2 * 2 * 8 * 4
     assert {sample["rollout"] for sample in samples} == {0, 1}
     for sample in samples:
         assert 0 <= sample["helpfulness"] <= 1
         assert 0 <= sample["safety"] <= 1
-        assert sample["reward"] == pytest.approx(0.5 * sample["helpfulness"] + 0.5 * sample["safety"], abs=1e-6)
+        assert sample["reward"] == pytest.approx(
+            0.5 * sample["helpfulness"] + 0.5 * sample["safety"], abs=1e-6
+        )
 
 
 def test_its_config_is_refused_where_it_cannot_work(command: Command) -> None:

@@ -40,6 +40,6 @@ def k3(logps: Tensor, reference: Tensor) -> Tensor:
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Per token half the squared error of the value head, which may move by ``clip`` at most; float32 (T,)."""
+    """Per token half the squared error of the value head, which may move by ``clip``; float32 (T,)."""
     held = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum(F.mse_loss(values, returns, reduction="none"), (held - returns) ** 2)

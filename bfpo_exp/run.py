@@ -59,8 +59,8 @@ from bfpo_exp.tracking.tables import write_table
 
 SYNC_SECONDS = 5.0  # between two sendings of a run's metrics while it trains
 COMPUTES = (
-    "bandit", "config", "data", "eval", "logprobs", "losses", "models", "online", "rewards", "stages", "steer",
-    "theory", "train", "world", "run",
+    "bandit", "config", "data", "eval", "logprobs", "losses", "models", "online", "rewards", "stages",
+    "steer", "theory", "train", "world", "run",
 )  # fmt: skip
 OTHER_FAILURE = "failure.txt"  # of a process other than the main one
 VANISHED = "another process of the run has vanished"  # and left no word; the reason begins so
@@ -95,8 +95,8 @@ class Outcome:
 def run_key(config: Config) -> str:
     """The hash of everything that determines a run's numbers; where it is recorded does not.
 
-    Files count by their content, so a run on rows that have changed since is another run.  Settings of rewards
-    count where the run reads them.
+    Files count by their content, so a run on rows that have changed since is another run.  Settings of
+    rewards count where the run reads them.
     """
     reward = config.reward
     inputs = {
@@ -311,10 +311,10 @@ def _pipeline(
     if trains_reward_model(config):
         enter("reward")
         _show_reward_model(reward_model(context, weights), artifacts)
-    if {"reference", "preference"} & set(config.stages):
-        if config.train.reference == "cached" and not is_staged(config.loss):
-            enter("reference")
-            reference_pass(_first_trained(context), weights)
+    compares = bool({"reference", "preference"} & set(config.stages)) and not is_staged(config.loss)
+    if compares and config.train.reference == "cached":
+        enter("reference")
+        reference_pass(_first_trained(context), weights)
     if "preference" in config.stages:
         enter("preference")
         weights = policy(context, weights)

@@ -9,7 +9,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 
-def write_classifier(folder: Path, tokenizer: Any, names: tuple[str, ...] = ("a", "b"), **fields: Any) -> Path:
+def write_classifier(
+    folder: Path, tokenizer: Any, names: tuple[str, ...] = ("a", "b"), **fields: Any
+) -> Path:
     """A random Llama classifier with outputs of these names and its tokenizer, as safetensors."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(

@@ -22,7 +22,19 @@ from bfpo_exp.config.schema import Config
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import config_dir
 
-GROUPS = ("model", "data", "loss", "reward", "combine", "deepspeed", "train", "eval", "tracking", "method", "experiment")
+GROUPS = (
+    "model",
+    "data",
+    "loss",
+    "reward",
+    "combine",
+    "deepspeed",
+    "train",
+    "eval",
+    "tracking",
+    "method",
+    "experiment",
+)
 # What a file cannot know and a user has to give with it.
 GIVEN = {"model=hf": ["model.path=some/model"], "reward=classifier": ["reward.model=some/model@1a2b"]}
 

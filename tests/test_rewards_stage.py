@@ -206,7 +206,9 @@ def test_fitted_weights_follow_what_is_wanted(context: Callable[..., Context]) -
     given = pairs.rewards(stage.scorer(run, base_model(run)), safety)
     total = sum(weights[name] * given[name] for name in weights)
     right = np.sign(total[:, 0] - total[:, 1]) == pairs.tokens.safer[safety]
-    assert right.mean() > 0.5
+    differ = given["safety"][:, 0] != given["safety"][:, 1]  # the others are a coin's, or the less detailed
+    assert differ.sum() > 5
+    assert right[differ].mean() > 0.8
 
 
 # ---------------------------------------------------------------- which runs read what
@@ -304,7 +306,7 @@ def test_the_judge_refuses_other_peoples_prompts(refused: Callable[..., str], tm
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = (
         "+data.pairs.own={reader: columns, stream: safety, files: [" + str(tmp_path / "rows.jsonl") + "], "
-        "columns: {prompt: p, chosen: w, rejected: l}}"
+        "columns: {prompt: p, chosen: w, rejected: l}, options: {preference: safety}}"
     )
     line = refused("reward=judge", source)
     assert "reward=judge reads the generated world's requests alone" in line
@@ -324,7 +326,9 @@ def test_data_without_orders_or_labels_teach_nothing(
             records = found.records
             for name, value in columns.items():
                 feature = records.features[name]
-                records = records.remove_columns(name).add_column(name, [value] * len(records), feature=feature)
+                records = records.remove_columns(name).add_column(
+                    name, [value] * len(records), feature=feature
+                )
             return type(found)(**{**vars(found), "records": records})
 
         return mix

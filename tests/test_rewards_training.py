@@ -108,7 +108,11 @@ def test_a_new_reward_model_is_the_backbone_with_a_drawn_layer(
     assert not model.training
     select_trained(model, optimisation.model_copy(update={"trainable": ["mlp.down_proj"]}))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained == ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight", "score.weight"]
+    assert trained == [
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+        "score.weight",
+    ]
 
 
 def test_how_a_step_is_cut_up_changes_nothing(
@@ -161,12 +165,12 @@ def test_the_model_learns_what_the_pairs_say(
         safe_w=safe[0].astype(np.float32),
         safe_l=safe[1].astype(np.float32),
     )
-    model = reward_model_of(config, tmp_path)
+    model, optimisation = reward_model_of(config, tmp_path), optimisation.model_copy(update={"lr": 5e-3})
     objective = RewardObjective(pairs, np.ones(200, bool), optimisation, 0, "cpu")
     select_trained(model, optimisation)
-    engine = PlainEngine(model, [p for p in model.parameters() if p.requires_grad], optimisation, 60)
+    engine = PlainEngine(model, [p for p in model.parameters() if p.requires_grad], optimisation, 150)
     log: list[dict[str, float]] = []
-    train(engine, objective, 60, 10, lambda taken, values: log.append(dict(values)))
+    train(engine, objective, 150, 10, lambda taken, values: log.append(dict(values)))
     assert log[0]["safety_loss"] > 0.5
     assert log[-1]["helpfulness_loss"] < 0.2
     assert log[-1]["safety_loss"] < 0.2

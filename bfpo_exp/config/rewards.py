@@ -98,16 +98,16 @@ class Linear(Strict):
 
 
 class Llama2(Strict):
-    """Safety where the prompt is from the safety stream or safety is below ``threshold``, else helpfulness."""
+    """Safety for prompts of the safety stream and where it is below ``threshold``, else helpfulness."""
 
     rule: Literal["llama2"]
     threshold: Share
 
 
 class Lagrangian(Strict):
-    """Helpfulness less ``multiplier`` times the cost, which is steered so that the mean cost keeps to ``limit``.
+    """Helpfulness less a multiplier times the cost, steered so that the mean cost keeps to ``limit``.
 
-    ``rate`` is that of the multiplier's dual ascent; ``normalised`` divides by 1 + multiplier.
+    ``multiplier`` is where it starts, ``rate`` that of its dual ascent; ``normalised`` divides by 1 plus it.
     """
 
     rule: Literal["lagrangian"]

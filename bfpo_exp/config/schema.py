@@ -66,8 +66,8 @@ class Source(Strict):
     split: str = "train"
     files: list[str] | None = None
     size: Size = None
-    columns: dict[str, str] = {}
-    options: dict[str, Any] = {}
+    columns: dict[str, str] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
 
 
 class PairSource(Source):

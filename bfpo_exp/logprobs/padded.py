@@ -57,7 +57,7 @@ class PaddedRows:
 
 
 def states(model: nn.Module, rows: PaddedRows) -> Tensor:
-    """What the language-model head is shown to predict each response token, (R, width), as `targets` has them."""
+    """What the head is shown to predict each response token, (R, width), in the order of ``targets``."""
     with head_left_out(model):
         found = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
     return found[:, :-1][rows.response_mask]

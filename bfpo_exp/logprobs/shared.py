@@ -111,7 +111,7 @@ def response_logps(model: nn.Module, row: SharedRow) -> tuple[Tensor, Tensor]:
 
 
 def states(model: nn.Module, row: SharedRow) -> Tensor:
-    """What the language-model head is shown to predict each response token, (R, width), as ``targets`` has them.
+    """What the head is shown to predict each response token, (R, width), in the order of ``targets``.
 
     Of gradient checkpointing the same holds as for `response_logps`.
     """

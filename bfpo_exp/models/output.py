@@ -157,7 +157,7 @@ def write_model_folder(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Weights as safetensors, config, tokenizer with its chat template, card; for a model that generates, how.
+    """Weights as safetensors, config, generation config, tokenizer with its chat template, card.
 
     ``state_dict`` holds the weights, whole and on the CPU, where the model's own are shared out
     over processes; it is left as it is.  Generation ends at the chat format's end of turn.  Model
@@ -166,10 +166,10 @@ def write_model_folder(
     from transformers import GenerationConfig
 
     tokenizer = chat.tokenizer
-    generates, template = model.can_generate(), tokenizer.chat_template
-    generation = model.generation_config if generates else None
+    template = tokenizer.chat_template
+    generation = model.generation_config if model.can_generate() else None
     # A config of our own: one that came with pretrained weights may hold what transformers refuses to save.
-    if generates:
+    if generation is not None:
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=chat.end_of_turn_id,
@@ -181,7 +181,7 @@ def write_model_folder(
         tokenizer.save_pretrained(folder)
     finally:
         tokenizer.chat_template = template
-        if generates:
+        if generation is not None:
             model.generation_config = generation
     (folder / CARD).write_text(card_text(card), encoding="utf-8")
 

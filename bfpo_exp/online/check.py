@@ -17,8 +17,8 @@ def check_online(config: Config) -> None:
     stage = (config.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
     if stage == 3:
         raise UserError(
-            f"loss=morl samples from the policy, whose weights deepspeed={config.deepspeed.name} keeps in parts; "
-            "use deepspeed=none|zero1|zero2"
+            f"loss=morl samples from the policy, whose weights deepspeed={config.deepspeed.name} keeps in "
+            "parts; use deepspeed=none|zero1|zero2"
         )
     if config.train.compile:
         raise UserError("train.compile=true is for losses on pairs: loss=morl also samples from the model")
@@ -26,8 +26,8 @@ def check_online(config: Config) -> None:
     for field in AFTER_THE_HEAD:
         if getattr(shape, field, None) not in (None, 1.0):
             raise UserError(
-                f"loss=morl takes log-probs from the output layer's matrix, and a model of type {shape.model_type} "
-                f"has {field}={getattr(shape, field)} after it"
+                "loss=morl takes log-probs from the output layer's matrix, and a model of type "
+                f"{shape.model_type} has {field}={getattr(shape, field)} after it"
             )
     positions = getattr(shape, "max_position_embeddings", None)
     longest = config.data.format.max_prompt_length + settings.max_new_tokens

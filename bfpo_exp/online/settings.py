@@ -38,7 +38,7 @@ class Morl(Strict):
             standard deviation of the prompt's returns (group_normalised); or over a value head's estimate.
         value: the head of ``advantages=value``.
         max_new_tokens: of a response.
-        incomplete: both rewards of a response that is empty, or has no end; None: such are scored as they are.
+        incomplete: both rewards of a response that is empty or has no end; None: it is scored as it is.
     """
 
     beta: NonNegative
@@ -57,8 +57,8 @@ class Morl(Strict):
     def _baseline(self) -> Morl:
         if self.advantages != "value" and self.samples < 2:
             raise ValueError(
-                f"advantages={self.advantages} compares the samples of a prompt, and samples={self.samples}; give "
-                "at least 2, or use advantages=value"
+                f"advantages={self.advantages} compares the samples of a prompt, and samples={self.samples}; "
+                "give at least 2, or use advantages=value"
             )
         if self.kl_target is not None and self.beta == 0:
             raise ValueError(

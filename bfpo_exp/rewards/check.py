@@ -23,8 +23,8 @@ def check_rewards(config: Config) -> None:
         _check_labels(config)
     elif "reward" in config.stages and "preference" not in config.stages:
         raise UserError(
-            f"stages has reward, but reward={reward.kind} trains no reward model; choose reward=learnt, or leave "
-            "the stage out"
+            f"stages has reward, but reward={reward.kind} trains no reward model; choose reward=learnt, or "
+            "leave the stage out"
         )
     if not uses_rewards(config):
         return
@@ -42,8 +42,8 @@ def check_rewards(config: Config) -> None:
             check_requests(stream_mix(config.data, stream).records["prompt"])
     if combines_rewards(config) and isinstance(config.combine, Fitted) and not config.train.reward.heldout:
         raise UserError(
-            "combine=fitted fits its weights on held-out pairs, and train.reward.heldout=0 holds none out; set "
-            "train.reward.heldout=0.1, say"
+            "combine=fitted fits its weights on held-out pairs, and train.reward.heldout=0 holds none out; "
+            "set train.reward.heldout=0.1, say"
         )
 
 
@@ -60,13 +60,13 @@ def _check_labels(config: Config) -> None:
     labels = labels[~np.isnan(labels)]
     if not ordered.any():
         raise UserError(
-            f"reward=learnt learns helpfulness from ordered pairs, and none of the {len(ordered):,} pairs has an "
-            "order; supply it with data.ranker.kind=column|model|longer, or use reward=classifier"
+            f"reward=learnt learns helpfulness from ordered pairs, and none of the {len(ordered):,} pairs "
+            "has an order; supply it with data.ranker.kind=column|model|longer, or use reward=classifier"
         )
     if not len(labels):
         raise UserError(
-            f"reward=learnt learns safety from labelled responses, and none of the {len(ordered):,} pairs has a "
-            "label; use a source with labels, or reward=classifier"
+            f"reward=learnt learns safety from labelled responses, and none of the {len(ordered):,} pairs "
+            "has a label; use a source with labels, or reward=classifier"
         )
     if (labels >= 0.5).all() or (labels < 0.5).all():
         one = "safe" if labels[0] >= 0.5 else "unsafe"

@@ -29,20 +29,19 @@ MAX_LENGTH = 4096  # tokens, where the model itself allows more
 class Classifier:
     """A classifier with the chat format of its own tokenizer, which reads texts and no one else's ids."""
 
-    name: str
     model: PreTrainedModel
     chat: ChatFormat
 
     @torch.inference_mode()
     def logits(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """All outputs for a response to each of n prompts, float64 (n, outputs); batched by length."""
+        result = np.empty((len(prompts), len(output_names(self.model.config))))
         if not prompts:
-            return np.empty((0, self.model.config.num_labels))
+            return result
         encoded = self.chat.encode_batch(prompts, [[response] for response in responses])
         sequences = [tokens.prompt_ids + tokens.response_ids for (tokens,) in encoded]
         pad = self.model.config.pad_token_id
         batch = 1 if pad is None else BATCH  # the score is read at the last token that is no padding
-        result = np.empty((len(sequences), self.model.config.num_labels))
         by_length = np.argsort([len(s) for s in sequences], kind="stable")
         for start in range(0, len(sequences), batch):
             rows = by_length[start : start + batch]
@@ -88,7 +87,7 @@ def load_classifier(model: str, key: str, format: Format | None = None) -> Class
         template=None, system=None, max_length=limit, max_prompt_length=limit // 2, close_truncated=True
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Classifier(Path(name).name, classifier.eval().to(device), ChatFormat(tokenizer, format or own))
+    return Classifier(classifier.eval().to(device), ChatFormat(tokenizer, format or own))
 
 
 def classifier_config(model: str, key: str) -> PreTrainedConfig:
@@ -112,9 +111,14 @@ def classifier_config(model: str, key: str) -> PreTrainedConfig:
     return config
 
 
+def output_names(config: PreTrainedConfig) -> list[str]:
+    """The outputs of a classifier, by number."""
+    return [str(name) for _, name in sorted((config.id2label or {}).items())]
+
+
 def output_number(config: PreTrainedConfig, output: int | str, key: str) -> int:
     """The number of an output that is given by number or name; a `UserError` where there is none."""
-    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    names = output_names(config)
     if isinstance(output, str):
         if output not in names:
             raise unknown(key, output, names)

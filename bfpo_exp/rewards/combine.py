@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bfpo_exp.config.rewards import Bilinear, Combination, Lagrangian, Linear, Llama2, MaxMin
 
-LEAST = 1e-3  # of a probability whose logit is taken
+LEAST = 1e-3  # of a probability whose logit is taken, and of a deviation that is divided by
 STEPS = 4000  # of fitting weights, a fraction of a second
 
 
@@ -54,7 +54,7 @@ def max_min(rewards: Mapping[str, Tensor]) -> Tensor:
 
 
 def bilinear(rewards: Mapping[str, Tensor], a1: float, a2: float) -> Tensor:
-    """(s + A1) (p + A2) with s the safety and p the helpfulness: BFPO's own global reward (its Section 3.3)."""
+    """(s + A1) (p + A2) with s safety and p helpfulness: BFPO's own global reward (its Section 3.3)."""
     return (rewards["safety"] + a1) * (rewards["helpfulness"] + a2)
 
 
@@ -77,7 +77,7 @@ def llama2(rewards: Mapping[str, Tensor], flagged: Tensor, threshold: float) -> 
     by_safety = flagged | (rewards["safety"] < threshold)
     chosen = torch.where(by_safety, rewards["safety"], rewards["helpfulness"])
     logits = torch.logit(chosen, eps=LEAST)
-    return (logits - logits.mean()) / logits.std(correction=0).clamp_min(1e-6)
+    return (logits - logits.mean()) / logits.std(correction=0).clamp_min(LEAST)
 
 
 def fitted_weights(differences: Tensor, margin: float = 1.0, penalty: float = 0.01) -> Tensor:

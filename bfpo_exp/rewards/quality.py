@@ -1,4 +1,4 @@
-"""How good a reward model is on pairs that it was not trained on, and how far its numbers are probabilities."""
+"""How good a reward model is on pairs that were held out, and how far its numbers are probabilities."""
 
 from __future__ import annotations
 

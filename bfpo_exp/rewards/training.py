@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from bfpo_exp.models.numerics import DTYPES, resolved_attention, tell_numerics
 from bfpo_exp.models.policy import architecture, select_trainable
 from bfpo_exp.rewards.classifier import padded
 from bfpo_exp.rewards.scorer import REWARDS
-from bfpo_exp.train.loop import Sums
+from bfpo_exp.train.loop import Objective, Sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class RewardBatch:
     labels: int
 
 
-class RewardObjective:
+class RewardObjective(Objective[RewardBatch]):
     """Bradley-Terry on helpfulness plus cross-entropy of the safety labels, each a mean over the step.
 
     ``used`` says which of the pairs are trained on, bool (pairs,); those with neither an order nor a
@@ -80,7 +80,7 @@ class RewardObjective:
         self.batches = BatchOrder(optimisation.seed, pairs.stream, optimisation.batch, "shuffle", used)
 
     def microbatches(self, step: int) -> Iterator[RewardBatch]:
-        """This process's pairs of a step, as many as every other process has; by length, to waste no padding."""
+        """This process's pairs of a step, as many as every other has; by length, to waste no padding."""
         batch = self.batches[step]
         orders, labels = int(self.pairs.ordered[batch].sum()), int(self.labelled[batch].sum())
         lengths = self.pairs.lengths
@@ -88,12 +88,13 @@ class RewardObjective:
         for start in range(0, len(mine), self.optimisation.microbatch):
             yield self._view(mine[start : start + self.optimisation.microbatch], orders, labels)
 
-    def _view(self, rows: list[int], orders: int, labels: int) -> RewardBatch:
+    def _view(self, rows: Sequence[int], orders: int, labels: int) -> RewardBatch:
         pairs = self.pairs
         sequences = [pairs.prompt_ids[i] + ids[i] for ids in (pairs.w_ids, pairs.l_ids) for i in rows]
         ids, mask = padded(sequences, self.pad_id, self.device)
-        safe = np.concatenate([pairs.safe_w[rows], pairs.safe_l[rows]])
-        ordered = torch.from_numpy(pairs.ordered[rows])
+        at = np.array(rows)
+        safe = np.concatenate([pairs.safe_w[at], pairs.safe_l[at]])
+        ordered = torch.from_numpy(pairs.ordered[at])
         return RewardBatch(
             ids, mask, ordered.to(self.device), torch.from_numpy(safe).to(self.device), orders, labels
         )

@@ -105,10 +105,10 @@ def _make(context: Context, start: Weights, folder: Path) -> None:
 
     what = f"{config.label}, seed {config.seed}"
     with objective.during(model):
+        card = model_card(config, "preference")
         run_stage(
-            context, what, model, objective, config.train, on_log, folder, chat, model_card(config, "preference"),
-            without_value_head,
-        )  # fmt: skip
+            context, what, model, objective, config.train, on_log, folder, chat, card, without_value_head
+        )
     file.close()
 
 

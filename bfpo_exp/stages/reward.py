@@ -42,9 +42,10 @@ SPLIT = "reward model"  # another half of the prompts than data.heldout
 
 
 def scorer(context: Context, start: Weights) -> Scorer:
-    """Who rewards responses in this run; a learnt reward model is trained from ``start`` if there is none yet.
+    """Who rewards responses in this run; a learnt reward model is trained from ``start`` if there is none.
 
-    It is called with texts, by each process for its own; a reward that is no finite number raises `UserError`.
+    It is called with texts, by each process for its own.  A reward that is no finite number raises
+    `UserError`.
     """
     reward = context.config.reward
     if isinstance(reward, Judge):
@@ -206,7 +207,8 @@ def fitted_combination(context: Context, start: Weights) -> dict[str, float]:
         rows = np.flatnonzero(pairs.heldout & (signs != 0))
         if not len(rows):
             raise UserError(
-                "combine=fitted has no held-out pairs to fit its weights on; set train.reward.heldout=0.1, say"
+                "combine=fitted has no held-out pairs to fit its weights on; give train.reward.heldout a "
+                "larger share"
             )
         rewards = pairs.rewards(shared_out(scorer(context, start)), rows)
         ahead = np.stack([(rewards[name][:, 0] - rewards[name][:, 1]) * signs[rows] for name in REWARDS], 1)

@@ -97,11 +97,12 @@ class Objective(Protocol[Batch]):
         """The micro-batch's share of the step's loss (it sums over them), and its statistics."""
 
     def state(self) -> dict[str, Any]:
-        """What continuing needs beyond weights and step, as JSON: nothing, where batches follow from the step."""
+        """What continuing needs beyond weights and step, as JSON: nothing, as a rule."""
         return {}
 
     def continue_from(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` has given to a checkpoint."""
+        return
 
 
 def total_steps(optimisation: Optimisation, rows: int) -> int:

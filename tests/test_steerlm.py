@@ -13,6 +13,9 @@ import pytest
 import torch
 from app_support import Command, Done
 from data_support import bpe_tokenizer
+from safetensors.torch import load_file
+from test_distributed import assert_folders_alike, metrics, run
+from test_distributed import responses as said
 
 from bfpo_exp import world
 from bfpo_exp.config.schema import Config
@@ -344,3 +347,36 @@ def test_a_run_is_asked_with_levels_and_judged_without(command: Command, tmp_pat
     assert [row["response"] for row in best] != [row["response"] for row in worst]
     assert not any("safety" in row["prompt"] for row in best)
     assert not list((tmp_path / "runs/store/reference").glob("*")), "there is no reference"
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("engine", ["none", "zero2", "zero3"])
+def test_two_processes_train_the_new_rows_alone_too(engine: str, tmp_path: Path) -> None:
+    if engine != "none":
+        pytest.importorskip("deepspeed")
+    words = (
+        "experiment=smoke",
+        "method=steerlm",
+        "reward=judge",
+        "train.steps=20",
+        "eval.sampling.temperature=0",
+    )
+    homes = [tmp_path / "one", tmp_path / "two"]
+    for home, more, processes in zip(homes, ([], [f"deepspeed={engine}"]), (1, 2), strict=True):
+        done = run(home, *words, *more, processes=processes)
+        assert done.returncode == 0, done.stderr
+    expected, found = metrics(homes[0]), metrics(homes[1])
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key[0].endswith("/loss"):
+            assert found[key] == pytest.approx(value, rel=1e-4), key
+    assert said(homes[1]) == said(homes[0])
+    assert_folders_alike(*homes)
+    tables = [
+        load_file(next((homes[1] / "store" / kind).glob("[!.]*")) / "model.safetensors")[
+            "model.embed_tokens.weight"
+        ]
+        for kind in ("sft", "policy")
+    ]
+    assert torch.equal(tables[1][:261], tables[0]), "old rows are as they were"

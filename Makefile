@@ -10,11 +10,13 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: $(VENV)/.installed  ## train, score and compare the paper's methods on the generated world
 	$(BIN)/bfpo-exp -m experiment=methods
 
+# Short tests side by side, each on one core; long ones, which start processes of their own, one after another.
 test: $(VENV)/.installed-dev lint slurm  ## every check and every test
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m "not slow and not slurm"
+	$(BIN)/pytest --durations 15 -m "slow or slurm"
 
 test-fast: $(VENV)/.installed-dev  ## the tests that take seconds
-	$(BIN)/pytest -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m "not slow and not slurm"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -25,7 +27,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-dev  ## our step and sweeps beside TRL's, and what each stage takes, on this machine
+bench: $(VENV)/.installed-dev  ## our step beside TRL's, and how its cost grows, on this machine
 	$(BIN)/python -m benchmarks
 
 SLURM_PACKAGES := munge slurmctld slurmd slurm-client

@@ -19,8 +19,8 @@ from benchmarks import report, scaling, sheets, stages, step, sweep, tuning
 from benchmarks.machine import cores, machine
 from bfpo_exp.runtime import before_compute
 
-PARTS = ("defaults", "step", "sweep", "scaling", "stages")  # in the time that most have for it
-MORE = ("tuning", "memory")
+PARTS = ("defaults", "step", "scaling")  # in the time that most have for it
+MORE = ("sweep", "stages", "tuning", "memory")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -24,10 +25,16 @@ from bfpo_exp.losses.label import CELLS
 from bfpo_exp.models.lora import check_lora
 from bfpo_exp.models.policy import architecture, check_model, check_trainable
 from bfpo_exp.models.tokenizers import load_tokenizer
+from bfpo_exp.online.check import check_online
+from bfpo_exp.paths import home
 from bfpo_exp.rewards.check import check_rewards
 from bfpo_exp.rewards.use import trains_reward_model
 from bfpo_exp.stages.bandit import bandit_settings, bandit_warnings
-from bfpo_exp.stages.context import demo_mix, stream_mix
+from bfpo_exp.stages.context import Context, demo_mix, stream_mix
+from bfpo_exp.stages.soup import check_soup
+from bfpo_exp.stages.steerlm import check_steerlm
+from bfpo_exp.store import Store
+from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.train.engines import check_engine
 from bfpo_exp.train.live_reference import check_reference
 from bfpo_exp.train.optimisers import check_optimiser
@@ -68,7 +75,21 @@ def _check_pipeline(config: Config) -> None:
     check_rewards(config)
     if "preference" in config.stages:
         _check_preference(config)
+    if "soup" in config.stages:
+        check_soup(_looking(config))
     _check_lengths(config)
+
+
+def _looking(config: Config) -> Context:
+    """The run as far as its tokenizer, which records nothing."""
+    return Context(config, Store(home() / "store"), MetricsFile(os.devnull))
+
+
+# What losses with a stage of their own do not go with.
+OWN_CHECKS: dict[str, Callable[[Config], None]] = {
+    "morl": check_online,
+    "steerlm": lambda config: check_steerlm(_looking(config)),
+}
 
 
 def _trained(config: Config) -> list[Optimisation]:
@@ -108,6 +129,8 @@ def _check_preference(config: Config) -> None:
             f"train.batch={config.train.batch} is odd, but data.batches=balanced takes half of it from "
             "each stream; give an even number"
         )
+    if config.loss.name in OWN_CHECKS:
+        OWN_CHECKS[config.loss.name](config)
     loss: Loss | None = None if is_staged(config.loss) else config.loss
     while loss is not None:
         spec = pairwise_loss(loss.name)

@@ -32,8 +32,9 @@ from bfpo_exp.hashing import code_version, stable_hash
 from bfpo_exp.heartbeat import Heartbeat
 from bfpo_exp.losses import get_loss, is_staged
 from bfpo_exp.models.numerics import resolved_attention
-from bfpo_exp.models.output import Stage, card_text, model_card
+from bfpo_exp.models.output import ModelCard, Stage, card_text, model_card
 from bfpo_exp.models.policy import weights_fingerprint
+from bfpo_exp.named_runs import run_name
 from bfpo_exp.paths import home
 from bfpo_exp.rewards.classifier import classifier_fingerprint
 from bfpo_exp.rewards.use import told as told_rewards
@@ -43,9 +44,11 @@ from bfpo_exp.stages.bandit import bandit
 from bfpo_exp.stages.base import COUNTS, base_model, sft_model
 from bfpo_exp.stages.context import Context, Weights, demo_mix, device, training_mix
 from bfpo_exp.stages.evaluate import evaluate
+from bfpo_exp.stages.online import SAMPLES
 from bfpo_exp.stages.preference import policy, reference_pass, tokenised_stream
 from bfpo_exp.stages.reward import PLOT, reward_model
 from bfpo_exp.stages.reward import REPORT as REWARD_REPORT
+from bfpo_exp.stages.soup import soup_card, soup_made_of, soup_model, soup_text
 from bfpo_exp.store import Store
 from bfpo_exp.tracking.environment import environment_tags
 from bfpo_exp.tracking.metrics_file import MetricsFile
@@ -56,8 +59,8 @@ from bfpo_exp.tracking.tables import write_table
 
 SYNC_SECONDS = 5.0  # between two sendings of a run's metrics while it trains
 COMPUTES = (
-    "bandit", "config", "data", "eval", "logprobs", "losses", "models", "rewards", "stages", "theory",
-    "train", "world", "run",
+    "bandit", "config", "data", "eval", "logprobs", "losses", "models", "online", "rewards", "stages",
+    "steer", "theory", "train", "world", "run",
 )  # fmt: skip
 OTHER_FAILURE = "failure.txt"  # of a process other than the main one
 VANISHED = "another process of the run has vanished"  # and left no word; the reason begins so
@@ -106,7 +109,10 @@ def run_key(config: Config) -> str:
         "device": device().type,
         "attention": resolved_attention(config.model),
     }
-    return stable_hash([config.model_dump(exclude={"tracking": True, **unread(config)}), inputs, run_code()])
+    values = config.model_dump(exclude={"tracking": True, **unread(config)})
+    if "soup" in config.stages:
+        values["soup"] = soup_made_of(config)  # whatever its runs are called
+    return stable_hash([values, inputs, run_code()])
 
 
 def run_code() -> str:
@@ -234,7 +240,7 @@ def _opened(config: Config, uri: str | None, parent_id: str | None) -> tuple[Pat
 
 def display_name(config: Config, run_dir: Path) -> str:
     """The name of a run in MLflow."""
-    return f"{config.label}-s{config.seed}-{run_dir.name[:6]}"
+    return run_name(config.label, config.seed, run_dir.name)
 
 
 def show_in(config: Config, uri: str, parent_id: str, run_dir: Path) -> None:
@@ -291,8 +297,12 @@ def _pipeline(
 ) -> None:
     """From a base model to the scores of a policy; ``artifacts`` is None where another process writes."""
     config = context.config
-    enter("base")
-    weights = base_model(context)
+    if "soup" in config.stages:
+        enter("soup")
+        weights = soup_model(context)
+    else:
+        enter("base")
+        weights = base_model(context)
     if "sft" in config.stages:
         enter("sft")
         weights = sft_model(context, weights)
@@ -310,6 +320,8 @@ def _pipeline(
         weights = policy(context, weights)
     if artifacts and weights.own:
         _link(artifacts.parent / "model", Path(weights.path))
+        if (samples := Path(weights.path) / SAMPLES).exists():
+            shutil.copyfile(samples, artifacts / SAMPLES)
     if "evaluate" in config.stages:
         enter("evaluate")
         scores, responses = evaluate(context, weights)
@@ -318,8 +330,15 @@ def _pipeline(
         context.metrics.append(0, scores)
         if responses:
             write_table(artifacts / "generations.json", responses)
-        stage: Stage = next((s for s in ("preference", "sft") if s in config.stages), "base")
-        (artifacts / "model_card.md").write_text(card_text(model_card(config, stage, scores=scores)))
+        (artifacts / "model_card.md").write_text(card_text(_card(config, scores)))
+
+
+def _card(config: Config, scores: Mapping[str, float]) -> ModelCard:
+    """The card of the model that was evaluated."""
+    if "soup" in config.stages:
+        return soup_card(config, scores)
+    stage: Stage = next((s for s in ("preference", "sft") if s in config.stages), "base")
+    return model_card(config, stage, scores=scores)
 
 
 def _show_reward_model(model: Weights, artifacts: Path | None) -> None:
@@ -369,6 +388,8 @@ def _tags(config: Config) -> dict[str, str]:
             tags["pair_order"] = config.loss.order
         tags["loss_needs"] = ", ".join(get_loss(config.loss.name).needs)
         tags["data_fingerprint"] = training_mix(config.data).fingerprint
+    if "soup" in config.stages:
+        tags["soup"] = soup_text(config)
     if uses_rewards(config):
         tags[REWARDS] = told_rewards(config)
     return tags

@@ -90,9 +90,7 @@ def libraries_as_they_were() -> Iterator[None]:
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Command]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """``bfpo-exp`` in this process, with a runs root of the test's own."""
     from hydra.core.global_hydra import GlobalHydra
 
@@ -110,4 +108,4 @@ def command(
             main()
         return Done(int(ended.value.code or 0), *capsys.readouterr())
 
-    yield run
+    return run

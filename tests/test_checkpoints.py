@@ -18,7 +18,7 @@ from bfpo_exp.errors import UserError
 from bfpo_exp.store import Store
 from bfpo_exp.train.checkpoints import Checkpoints
 from bfpo_exp.train.engine import PlainEngine
-from bfpo_exp.train.loop import Sums, train
+from bfpo_exp.train.loop import Objective, Sums, train
 
 OPTIMISATION = Optimisation.model_validate(
     {
@@ -30,7 +30,7 @@ OPTIMISATION = Optimisation.model_validate(
 )  # fmt: skip
 
 
-class Fit:
+class Fit(Objective[Tensor]):
     """Least squares on points that are a function of the step."""
 
     rows = 100

@@ -27,7 +27,10 @@ def checked(composed: DictConfig) -> Config:
     except (MissingMandatoryValue, OmegaConfBaseException) as error:
         raise UserError(str(error).split("full_key")[0]) from None
     config = validated(Config, plain, prefix="")
-    return config.model_copy(update={"loss": _checked_loss(config.loss, config.data, prefix="loss.")})
+    loss = _checked_loss(config.loss, config.data, prefix="loss.")
+    # What a soup is made of was trained elsewhere: the loss of this config has no part in it.
+    method = config.method or ("soup" if "soup" in config.stages else None)
+    return config.model_copy(update={"loss": loss, "method": method})
 
 
 def _checked_loss(loss: Loss, data: Data, prefix: str) -> Loss:

@@ -13,9 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bfpo_exp.config.rewards import Combine, Output, Reward
+from bfpo_exp.config.soup import Soup
 from bfpo_exp.config.types import Count, NonNegative, Positive, Seed, Share, StreamName, Strict
 
-Stage = Literal["base", "sft", "reward", "reference", "preference", "evaluate", "bandit"]
+Stage = Literal["base", "sft", "reward", "reference", "preference", "soup", "evaluate", "bandit"]
 LossOn = Literal["last", "assistant", "all"]
 STREAMS: tuple[StreamName, ...] = ("helpfulness", "safety")
 
@@ -395,6 +396,7 @@ class Config(Strict):
     train: Train
     eval: Eval
     tracking: Tracking
+    soup: Soup
     bandit: Bandit | None
 
     @property
@@ -416,4 +418,20 @@ class Config(Strict):
     def _bandit_has_settings(self) -> Config:
         if "bandit" in self.stages and self.bandit is None:
             raise ValueError("stages has bandit, but bandit has no settings; use experiment=bandit")
+        return self
+
+    @model_validator(mode="after")
+    def _soup_is_made_of_runs(self) -> Config:
+        if "soup" not in self.stages:
+            if self.soup.runs:
+                raise ValueError("soup.runs is set, but stages has no soup; set stages=[soup,evaluate]")
+            return self
+        if not self.soup.runs:
+            raise ValueError(
+                "stages has soup, but soup.runs is empty; set soup.runs=[RUN,RUN] soup.weights=[...]"
+            )
+        if others := [stage for stage in self.stages if stage not in ("soup", "evaluate")]:
+            raise ValueError(
+                f"stages={self.stages}: a soup is made of finished runs alone; leave out {others[0]}"
+            )
         return self

@@ -83,6 +83,12 @@ class ChatFormat:
         """The prompt's ids, cut to ``max_prompt_length``, ready for a response to be generated."""
         return self._cut_prompt(self.with_one_bos(self.ids(self._texts([messages]))[0]))
 
+    def text(self, response_ids: Sequence[int]) -> str:
+        """What a response's ids say before its end of turn, without white space around it."""
+        ids = list(response_ids)
+        end = ids.index(self.end_of_turn_id) if self.end_of_turn_id in ids else None
+        return self.tokenizer.decode(ids[:end], skip_special_tokens=False).strip()
+
     def encode(self, messages: Sequence[Message], response: str) -> Tokens:
         """One prompt with one response."""
         return self.encode_batch([messages], [[response]])[0][0]

@@ -6,13 +6,34 @@ of tokens at once, forward and backward, and only where a log-prob is wanted.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 CHUNK = {"cpu": 2**21, "cuda": 2**26}  # logits that exist at once: 8 MB and 256 MB in float32
+
+
+@contextmanager
+def head_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward function of a model's head, until the end.
+
+    The head is called by the model as ever, so that hooks of an engine (ZeRO 3 gathers its weight) hold.
+    """
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def head_left_out(model: nn.Module) -> AbstractContextManager[None]:
+    """The model gives its last hidden states in place of logits, until the end."""
+    return head_replaced(model, lambda hidden: hidden)
 
 
 def token_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from bfpo_exp.logprobs.head import head_left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +36,11 @@ class PaddedRows:
     attention_mask: Tensor
     response_mask: Tensor
 
+    @property
+    def targets(self) -> Tensor:
+        """The response tokens, response after response, int64 (R,)."""
+        return self.input_ids[:, 1:][self.response_mask]
+
     @classmethod
     def of(
         cls, prompts: Sequence[Tokens], responses: Sequence[Tokens], device: torch.device | str = "cpu"
@@ -47,6 +54,13 @@ class PaddedRows:
         inside = position < lengths[:, None]
         response = inside & (position >= starts[:, None])
         return cls(input_ids.to(device), inside.long().to(device), response[:, 1:].to(device))
+
+
+def states(model: nn.Module, rows: PaddedRows) -> Tensor:
+    """What the head is shown to predict each response token, (R, width), in the order of ``targets``."""
+    with head_left_out(model):
+        found = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
+    return found[:, :-1][rows.response_mask]
 
 
 def token_logps(model: PreTrainedModel, rows: PaddedRows) -> Tensor:

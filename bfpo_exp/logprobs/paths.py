@@ -18,7 +18,7 @@ from bfpo_exp.models.numerics import AMPERE, HALF, Hardware, say, this_hardware
 from bfpo_exp.models.policy import architecture, declared_architecture
 
 Tokens = Sequence[int]
-Lengths = tuple[int, int, int]
+Lengths = Sequence[int]
 Name = Literal["shared", "padded"]
 Rows = padded.PaddedRows | shared.SharedRow
 # Families of transformers whose log-probs were seen to be those of the padded path, gradients too.
@@ -37,13 +37,16 @@ class LogpsPath:
         rows: prompts, the responses to each, and a device: what one forward pass takes.
         logps: a model and such rows: each response's summed log-prob (float32, nats) and token count
             (int64), prompt after prompt, both of shape (responses,).
-        positions: of pairs, each (prompt, response, response) in tokens: the places of such rows.
+        states: a model and such rows: what the head is shown to predict each response token, (R, width).
+        positions: of prompts with as many responses each, (prompt, response, ...) in tokens: the places of
+            such rows.
         during: what a model is to be inside of while its backward passes compute again.
     """
 
     name: Name
     rows: Callable[[Sequence[Tokens], Sequence[Sequence[Tokens]], torch.device | str], Any]
     logps: Callable[[Any, Any], tuple[Tensor, Tensor]]
+    states: Callable[[Any, Any], Tensor]
     positions: Callable[[Sequence[Lengths]], int]
     during: Callable[[nn.Module], AbstractContextManager[None]]
 
@@ -56,25 +59,33 @@ def _padded_rows(
 
 
 def _padded_positions(pairs: Sequence[Lengths]) -> int:
-    return 2 * len(pairs) * max(prompt + max(w, l) for prompt, w, l in pairs)  # noqa: E741
+    responses = len(pairs[0]) - 1
+    return responses * len(pairs) * max(prompt + max(several) for prompt, *several in pairs)
 
 
 def _shared_positions(pairs: Sequence[Lengths]) -> int:
-    return sum(prompt + w + l - 2 for prompt, w, l in pairs)  # noqa: E741
+    return sum(prompt + sum(several) - len(several) for prompt, *several in pairs)
 
 
 PADDED = LogpsPath(
-    "padded", _padded_rows, padded.response_logps, _padded_positions, lambda model: nullcontext()
+    "padded",
+    _padded_rows,
+    padded.response_logps,
+    padded.states,
+    _padded_positions,
+    lambda model: nullcontext(),
 )
-SHARED = LogpsPath("shared", shared.SharedRow.of, shared.response_logps, _shared_positions, shared_attention)
+SHARED = LogpsPath(
+    "shared", shared.SharedRow.of, shared.response_logps, shared.states, _shared_positions, shared_attention
+)
 
 
 def passes(
     pairs: Sequence[Lengths], path: LogpsPath, most_pairs: int, most_positions: float
 ) -> list[tuple[int, int]]:
-    """Consecutive pairs cut into forward passes: (start, end) of each.
+    """Consecutive pairs (or prompts with as many responses) cut into forward passes: (start, end) of each.
 
-    None has more than ``most_pairs`` pairs, nor, if it has several, more than ``most_positions`` places.
+    None has more than ``most_pairs`` of them, nor, if it has several, more than ``most_positions`` places.
 
     >>> passes([(1, 3, 4), (1, 2, 5), (1, 9, 9), (2, 2, 2)], SHARED, 4, 14)
     [(0, 2), (2, 3), (3, 4)]

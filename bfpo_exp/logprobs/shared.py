@@ -19,16 +19,14 @@ prompt of every response but the first, and by the logits of prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bfpo_exp.logprobs.attention import Segments, shared_attention
-from bfpo_exp.logprobs.head import token_logps
+from bfpo_exp.logprobs.head import head_left_out, head_replaced, token_logps
 
 Tokens = Sequence[int]
 
@@ -105,25 +103,28 @@ def response_logps(model: nn.Module, row: SharedRow) -> tuple[Tensor, Tensor]:
         assert isinstance(weight, Tensor)
         return token_logps(hidden[0], weight, row.targets)[None, :, None]
 
-    # The head is called by the model as ever, so that hooks of the engine (ZeRO 3 gathers its weight) hold.
-    with shared_attention(model), _forward(head, logps):
-        found = model(
-            input_ids=row.input_ids,
-            position_ids=row.position_ids,
-            logits_to_keep=row.predicting,
-            segments=row.segments,
-            use_cache=False,
-        ).logits.view(-1)
+    with shared_attention(model), head_replaced(model, logps):
+        found = _of_predicting(model, row).view(-1)
     mask = row.response_mask
     sums = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found).sum(-1)
     return sums, mask.sum(-1)
 
 
-@contextmanager
-def _forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward function of one module, until the end."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
+def states(model: nn.Module, row: SharedRow) -> Tensor:
+    """What the head is shown to predict each response token, (R, width), in the order of ``targets``.
+
+    Of gradient checkpointing the same holds as for `response_logps`.
+    """
+    with shared_attention(model), head_left_out(model):
+        return _of_predicting(model, row)[0]
+
+
+def _of_predicting(model: nn.Module, row: SharedRow) -> Tensor:
+    """What the model's head, or what stands for it, gives at the predicting places, (1, R, ...)."""
+    return model(
+        input_ids=row.input_ids,
+        position_ids=row.position_ids,
+        logits_to_keep=row.predicting,
+        segments=row.segments,
+        use_cache=False,
+    ).logits

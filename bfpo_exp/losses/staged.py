@@ -6,14 +6,13 @@ in the same way, and ``stages.preference.policy`` hands over to their stage.
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel
 
-ATTRIBUTES = {"helpfulness", "safety"}
-Level = Annotated[int, Field(ge=0)]
+from bfpo_exp.online.settings import Morl
+from bfpo_exp.steer import SteerLM
 
 
 @dataclass(frozen=True)
@@ -52,45 +51,7 @@ def is_staged(loss: Named) -> bool:
     return loss.name in STAGED
 
 
-class Hyperparameters(BaseModel):
-    """Keys of a loss: no unknown ones, read-only."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-def _template(text: str) -> str:
-    """A format string that writes every attribute, and nothing else."""
-    try:
-        written = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-    except ValueError as error:
-        raise ValueError(f"it is no template: {error}") from None
-    if written != ATTRIBUTES:
-        raise ValueError("a template writes {helpfulness} and {safety}, and no other field")
-    return text
-
-
-class Steer(Hyperparameters):
-    """What the policy is told to be: a level of each attribute."""
-
-    helpfulness: Level
-    safety: Level
-
-
-class SteerLM(Hyperparameters):
-    """Attribute-conditioned fine-tuning (arXiv 2310.05344); `bfpo_exp.steer` says how it is written."""
-
-    levels: Annotated[int, Field(ge=2)]
-    template: Annotated[str, AfterValidator(_template)]
-    steer: Steer
-
-    @model_validator(mode="after")
-    def _steer_is_a_level(self) -> SteerLM:
-        for name, level in self.steer:
-            if level >= self.levels:
-                raise ValueError(f"steer.{name}={level}, but levels={self.levels} are 0 to {self.levels - 1}")
-        return self
-
-
 STAGED: dict[str, StagedLoss] = {
+    "morl": StagedLoss("morl", Morl, needs_rewards=True, combines=True),
     "steerlm": StagedLoss("steerlm", SteerLM, needs_rewards=True, steers=True),
 }

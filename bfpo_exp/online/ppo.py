@@ -30,8 +30,8 @@ def k1(logps: Tensor, reference: Tensor) -> Tensor:
 def k3(logps: Tensor, reference: Tensor) -> Tensor:
     """r - 1 - log r with r = ref / pi: the same mean under pi, never negative, of less variance; (T,).
 
-    After J. Schulman, *Approximating KL Divergence* (2020).  Its own gradient alone is that of KL(ref || pi),
-    and not of the divergence that it estimates; see `online.objective` for the part that is missing.
+    After J. Schulman, *Approximating KL Divergence* (2020).  Its own gradient alone is that of
+    KL(ref || pi), not of the divergence that it estimates; `online.objective` adds what is missing.
 
     >>> k3(torch.tensor([0.0, -1.0]), torch.tensor([0.0, -2.0]))
     tensor([0.0000, 0.3679])
@@ -40,6 +40,6 @@ def k3(logps: Tensor, reference: Tensor) -> Tensor:
 
 
 def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Per token half the squared error of the value head, which may move by ``clip`` at most; float32 (T,)."""
+    """Per token half the squared error of the value head, which may move by ``clip``; float32 (T,)."""
     held = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum(F.mse_loss(values, returns, reduction="none"), (held - returns) ** 2)

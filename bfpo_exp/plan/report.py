@@ -76,6 +76,9 @@ def _parts(config: Config, *, brief: bool) -> list[tuple[str, list[str]]]:
         _check(stage, known, config)
     parts = [(f"model {config.model.name}", list(_model(config, known)))]
     parts.append((f"data {config.data.name}", list(_data(config))))
+    if config.soup.runs:
+        pairs = zip(config.soup.weights, config.soup.runs, strict=True)
+        parts.append(("soup", [f"{weight:g} of the model of {run}" for weight, run in pairs]))
     parts += [
         (f"stage {stage.name}", list(_stage(config, stage, known, timed=not brief))) for stage in stages
     ]

@@ -16,7 +16,7 @@ class StagePlan:
 
     Attributes:
         name: ``base``, ``sft``, ``reward``, ``preference`` or ``preference, first loss``.
-        unit: what a batch counts, ``pairs`` or ``sequences``.
+        unit: what a batch counts, ``pairs``, ``prompts`` (of samples) or ``sequences``.
         optimisation: its settings.
         processes: that share out each batch.
         length: tokens of a sequence, at most.
@@ -53,7 +53,10 @@ class StagePlan:
 
     @property
     def sequences(self) -> int:
-        """Sequences of one pair or row."""
+        """Sequences of one pair, prompt or row."""
+        if self.unit == "prompts":
+            assert self.loss is not None
+            return self.loss.hyperparameters["samples"]
         return 2 if self.unit == "pairs" else 1
 
     @property
@@ -117,6 +120,9 @@ def _preference(
         before = _preference(loss.first, data, optimisation, processes, f"{name}, first loss")
     streams = loss.streams or data.streams
     rows = _rows(source for source in data.pairs.values() if source.stream in streams)
+    if loss.name == "morl":  # its rows are prompts, at most as many as pairs, passed over `epochs` times
+        rows = rows and rows * loss.hyperparameters["epochs"]
+        return [StagePlan(name, "prompts", optimisation, processes, data.format.max_length, rows, loss)]
     return [*before, StagePlan(name, "pairs", optimisation, processes, data.format.max_length, rows, loss)]
 
 

@@ -22,7 +22,7 @@ from bfpo_exp.models.numerics import DTYPES, resolved_attention, tell_numerics
 from bfpo_exp.models.policy import architecture, select_trainable
 from bfpo_exp.rewards.classifier import padded
 from bfpo_exp.rewards.scorer import REWARDS
-from bfpo_exp.train.loop import Sums
+from bfpo_exp.train.loop import Objective, Sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +58,7 @@ class RewardBatch:
     labels: int
 
 
-class RewardObjective:
+class RewardObjective(Objective[RewardBatch]):
     """Bradley-Terry on helpfulness plus cross-entropy of the safety labels, each a mean over the step.
 
     ``used`` says which of the pairs are trained on, bool (pairs,); those with neither an order nor a

@@ -31,6 +31,7 @@ from bfpo_exp.train.loop import Objective, total_steps, train
 from bfpo_exp.train.prepare import prepare_for_training
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 METRICS = "metrics.jsonl"
@@ -191,10 +192,12 @@ def run_stage(
     folder: Path,
     chat: ChatFormat,
     card: ModelCard,
+    own_weights: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda model, weights: weights,
 ) -> None:
     """Train what is to be trained of the model, from the stage's latest checkpoint on; save it whole.
 
-    ``model`` is transformers', or peft's around one.
+    ``model`` is transformers', or peft's around one.  ``own_weights`` leaves out of its weights, and takes
+    off the model, what is no part of it.
     """
     steps = total_steps(optimisation, objective.rows)
     prepare_for_training(model, optimisation)
@@ -208,6 +211,7 @@ def run_stage(
     weights = engine.weights()
     engine.close()
     if weights is not None:
+        weights = own_weights(model, weights)
         if isinstance(optimisation, Train) and optimisation.lora:
             weights, model = merged(weights, optimisation.lora), model.unload()
         write_model_folder(model, chat, folder, card, state_dict=weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from bfpo_exp.eval.summary import summarise
 from bfpo_exp.eval.tasks import ChoiceTask, GenerationTask, Prompt, Value
 from bfpo_exp.hashing import code_version, stable_hash
 from bfpo_exp.logprobs.paths import chosen_path
+from bfpo_exp.losses import StagedLoss, get_loss
 from bfpo_exp.models.policy import load_policy
 from bfpo_exp.progress import progress
 from bfpo_exp.stages.base import chat_format
@@ -35,7 +37,7 @@ def evaluate(context: Context, policy: Weights) -> tuple[dict[str, float], dict[
         name: KINDS[task.kind](task, config, lambda: list(heldout_mix(context.config.data).records))
         for name, task in config.tasks.items()
     }
-    chat = chat_format(context)
+    chat, ask = _asking(context)
 
     @functools.cache
     def model() -> PreTrainedModel:
@@ -43,7 +45,7 @@ def evaluate(context: Context, policy: Weights) -> tuple[dict[str, float], dict[
 
     asking = {name: task for name, task in built.items() if isinstance(task, GenerationTask)}
     prompts = [prompt for task in asking.values() for prompt in task.prompts]
-    responses = iter(_responses(context, policy, model, chat, prompts) if prompts else ())
+    responses = iter(_responses(context, policy, model, chat, list(map(ask, prompts))) if prompts else ())
     judged = {
         name: [
             {"task": name, "prompt": prompt[-1]["content"], "response": text, **task.judge(i, text)}
@@ -55,15 +57,27 @@ def evaluate(context: Context, policy: Weights) -> tuple[dict[str, float], dict[
     rights = {}
     for name, task in built.items():
         if isinstance(task, ChoiceTask):
+            told = replace(task, prompts=list(map(ask, task.prompts)))
             path = chosen_path(context.config.model, context.config.data.format.max_length)
             with progress(name, len(task.prompts)) as advance:
-                chosen = choose(model(), chat, task, config.choice_score, path, advance)
+                chosen = choose(model(), chat, told, config.choice_score, path, advance)
             rights[name] = [c == answer for c, answer in zip(chosen, task.answers, strict=True)]
 
     rows = [row for rows in judged.values() for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = {name: [row.get(name, "") for row in rows] for name in names}
     return summarise(config.tasks, judged, rights), table
+
+
+def _asking(context: Context) -> tuple[ChatFormat, Callable[[Prompt], Prompt]]:
+    """How the policy is asked: its chat format, and a prompt as it is put to it, which no judge sees."""
+    config = context.config
+    spec = get_loss(config.loss.name)
+    if "preference" not in config.stages or not isinstance(spec, StagedLoss) or not spec.steers:
+        return chat_format(context), lambda prompt: prompt
+    from bfpo_exp.stages.steerlm import asked, steering
+
+    return steering(context)[0], lambda prompt: asked(config, prompt)
 
 
 def _responses(
@@ -82,7 +96,7 @@ def _responses(
         "sampling": config.eval.sampling.model_dump(),
         "seed": config.seed,
         **context.numerics(),
-        "code": code_version("eval/generate", "data/chat", "models/policy"),
+        "code": code_version("eval/generate", "models/sampling", "data/chat", "models/policy"),
     }
 
     def make(folder: Path) -> None:

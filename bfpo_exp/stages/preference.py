@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
-import resource
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +29,7 @@ from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, run_stage, tokeni
 from bfpo_exp.stages.context import Context, Weights
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.train.live_reference import live_reference
+from bfpo_exp.train.meter import Meter
 from bfpo_exp.train.preference import PreferenceObjective
 from bfpo_exp.train.prepare import compile_blocks
 
@@ -140,15 +138,7 @@ def policy(context: Context, start: Weights) -> Weights:
         pairs = _pairs(*(path for _, path in streams))
         margin = reference_pass(context, first) if first else None
         held = reference_pass(context, reference) if config.train.reference == "cached" else None
-        model: torch.nn.Module = load_policy(
-            reference.path, config.model, own=reference.own, device=context.device
-        )
-        if config.train.lora:
-            model = add_lora(model, config.train.lora, config.seed)  # type: ignore[arg-type]
-        else:
-            select_trainable(model, config.train.trainable)
-        if config.train.compile:
-            compile_blocks(model)
+        model = trained_model(context, reference)
         objective = PreferenceObjective(
             pairs, held or live_reference(model, _path(context)), config, context.device, margin
         )
@@ -160,11 +150,24 @@ def policy(context: Context, start: Weights) -> Weights:
     return Weights(str(path), path.name, own=True)
 
 
+def trained_model(context: Context, start: Weights) -> torch.nn.Module:
+    """The model to start from, with what is to be trained of it chosen, or its adapters added."""
+    config = context.config
+    model: torch.nn.Module = load_policy(start.path, config.model, own=start.own, device=context.device)
+    if config.train.lora:
+        model = add_lora(model, config.train.lora, config.seed)  # type: ignore[arg-type]
+    else:
+        select_trainable(model, config.train.trainable)
+    if config.train.compile:
+        compile_blocks(model)
+    return model
+
+
 def _own_stage(loss: str) -> Callable[[Context, Weights], Weights]:
     """The stage that trains a loss which is no function of pairs."""
-    from bfpo_exp.stages import steerlm
+    from bfpo_exp.stages import online, steerlm
 
-    return {"steerlm": steerlm.policy}[loss]
+    return {"morl": online.policy, "steerlm": steerlm.policy}[loss]
 
 
 def _train(
@@ -208,44 +211,3 @@ def _assert_step_zero(loss: float, at_reference: float, tolerance: float) -> Non
             f"the loss of the first step is {loss:.6g}, but at policy == reference it is "
             f"{at_reference:.6g}: the reference's log-probs are not those of the model that is trained"
         )
-
-
-class Meter:
-    """Speed since the last reading, and the peak of memory since the start."""
-
-    def __init__(self, objective: PreferenceObjective) -> None:
-        self.objective = objective
-        self.taken = 0
-        self.last = time.perf_counter()
-        _reset_peak_memory()
-
-    def read(self, taken: int) -> dict[str, float]:
-        """Pairs and tokens a second over the steps since the last reading; peak memory in GB (1e9)."""
-        seconds = time.perf_counter() - self.last
-        steps = range(self.taken, taken)
-        values = {
-            "perf/pairs_per_second": len(steps) * self.objective.batches.batch / seconds,
-            "perf/tokens_per_second": sum(self.objective.tokens(step) for step in steps) / seconds,
-            "perf/peak_memory_gb": _peak_memory_bytes() / 1e9,
-        }
-        self.taken, self.last = taken, time.perf_counter()
-        return values
-
-
-def _reset_peak_memory() -> None:
-    """Forget the peak of what this process did before, where the system can."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory_bytes() -> float:
-    """Peak memory of the device that trains: the GPU's allocations, or the process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * float(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -21,12 +21,12 @@ from bfpo_exp.logprobs.packed import (
     row_logps,
 )
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps
-from bfpo_exp.train.loop import Sums
+from bfpo_exp.train.loop import Objective, Sums
 
 Rows = PaddedRows | PackedRows
 
 
-class DemonstrationObjective:
+class DemonstrationObjective(Objective[tuple[Rows, int]]):
     """Mean negative log-likelihood over all trained tokens of a step's batch.
 
     The arguments hold a conversation's token ids each, and may be columns that are read from disk

@@ -6,8 +6,8 @@ log-probs as well: with the first values of the trained weights in their place, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+T = TypeVar("T")
+
 
 def check_reference(train: Train, deepspeed: Deepspeed) -> None:
     """A `UserError` for a live reference of weights of which a process holds parts only (ZeRO 3)."""
@@ -33,7 +35,10 @@ def check_reference(train: Train, deepspeed: Deepspeed) -> None:
 
 
 class Reference(Protocol):
-    """A reference that computes log-probs when it is asked."""
+    """A reference that computes when it is asked."""
+
+    def applied(self, function: Callable[[nn.Module], T]) -> T:
+        """What a function of a model gives of the reference, without gradients."""
 
     def logps(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Summed log-probs (float32, nats) and token counts (int64) of responses, both (rows,), without
@@ -50,25 +55,29 @@ class LiveReference:
 
     def __init__(self, model: PreTrainedModel, trained: Sequence[str], path: LogpsPath) -> None:
         parameters = dict(model.named_parameters())
-        self._logps = _Logps(model, path)
+        self._applied, self._path = _Applied(model), path
         self._first = {f"model.{name}": parameters[name].detach().clone() for name in trained}
 
     @torch.no_grad()
+    def applied(self, function: Callable[[nn.Module], T]) -> T:
+        """As `Reference.applied`."""
+        return functional_call(self._applied, self._first, (function,))
+
     def logps(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """As `Reference.logps`."""
-        return functional_call(self._logps, self._first, (rows,))
+        return self.applied(lambda model: self._path.logps(model, rows))
 
 
-class _Logps(nn.Module):
-    """A model's log-probs as a module, whose weights can be replaced for a call."""
+class _Applied(nn.Module):
+    """A function of a model as a module, in which the model's weights can be replaced for a call."""
 
-    def __init__(self, model: nn.Module, path: LogpsPath) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.path = model, path
+        self.model = model
 
-    def forward(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Sums and counts, as the path gives them."""
-        return self.path.logps(self.model, rows)
+    def forward(self, function: Callable[[nn.Module], T]) -> T:
+        """What the function gives."""
+        return function(self.model)
 
 
 class AdapterOff:
@@ -78,10 +87,14 @@ class AdapterOff:
         self._model, self._path = model, path
 
     @torch.no_grad()
+    def applied(self, function: Callable[[nn.Module], T]) -> T:
+        """As `Reference.applied`."""
+        with self._model.disable_adapter():
+            return function(self._model)
+
     def logps(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """As `Reference.logps`."""
-        with self._model.disable_adapter():
-            return self._path.logps(self._model, rows)
+        return self.applied(lambda model: self._path.logps(model, rows))
 
 
 def live_reference(model: nn.Module, path: LogpsPath) -> Reference:

@@ -96,6 +96,14 @@ class Objective(Protocol[Batch]):
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
         """The micro-batch's share of the step's loss (it sums over them), and its statistics."""
 
+    def state(self) -> dict[str, Any]:
+        """What continuing needs beyond weights and step, as JSON: nothing, as a rule."""
+        return {}
+
+    def continue_from(self, state: Mapping[str, Any]) -> None:
+        """Take up what `state` has given to a checkpoint."""
+        return
+
 
 def total_steps(optimisation: Optimisation, rows: int) -> int:
     """How many optimisation steps a stage takes on so many rows."""
@@ -134,6 +142,8 @@ def train(
     `KeyboardInterrupt`.
     """
     done, state = checkpoints.resume(engine) if checkpoints else (0, {})
+    if "objective" in state:
+        objective.continue_from(state["objective"])
     window = Sums.of_state(state.get("window", {}), engine.device)
     progress(done)
     for step in range(done, steps):
@@ -150,6 +160,6 @@ def train(
             window = Sums()
         stop = asked_to_stop()
         if checkpoints and (checkpoints.due(taken, steps) or (stop and checkpoints.every is not None)):
-            checkpoints.save(engine, taken, {"window": window.state()})
+            checkpoints.save(engine, taken, {"window": window.state(), "objective": objective.state()})
         if stop:
             raise KeyboardInterrupt

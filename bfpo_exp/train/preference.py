@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,13 +13,14 @@ from torch import Tensor
 from bfpo_exp.config.schema import Config
 from bfpo_exp.data.batches import BatchOrder
 from bfpo_exp.data.pairs import TokenisedPairs, order_signs
-from bfpo_exp.distributed import group, sum_
+from bfpo_exp.distributed import sum_
 from bfpo_exp.errors import UserError
-from bfpo_exp.logprobs.paths import Rows, chosen_path, passes
+from bfpo_exp.logprobs.paths import Rows, chosen_path
 from bfpo_exp.logprobs.reference import PairLogps
 from bfpo_exp.losses import pairwise_loss
 from bfpo_exp.train.live_reference import Reference
-from bfpo_exp.train.loop import Sums
+from bfpo_exp.train.loop import Objective, Sums
+from bfpo_exp.train.parts import parts
 from bfpo_exp.train.statistics import pair_statistics
 
 MOST_PAIRS = 8  # that an error names
@@ -47,7 +47,7 @@ class PairBatch:
     given: dict[str, Tensor]
 
 
-class PreferenceObjective:
+class PreferenceObjective(Objective[PairBatch]):
     """Mean loss over a step's pairs.
 
     ``reference`` holds the reference's log-probs of all pairs, or computes those of a micro-batch as it
@@ -98,22 +98,19 @@ class PreferenceObjective:
         every = {name: torch.from_numpy(getattr(self.pairs, name)) for name in ("safe_w", "safe_l")}
         return self.spec.wanted_sign(every, self.config.loss.hyperparameters).numpy() != 0
 
+    @property
+    def pairs_per_step(self) -> int:
+        """The batch, of all processes."""
+        return self.batches.batch
+
     def tokens(self, step: int) -> int:
         """Tokens of a step's batch: of each pair, its prompt and both responses."""
         return sum(sum(self.pairs.lengths[i]) for i in self.batches[step])
 
     def microbatches(self, step: int) -> Iterator[PairBatch]:
-        """This process's pairs of a step, in as many micro-batches as every other process has.
-
-        By length: processes have pairs of all lengths, micro-batches pairs of one, to waste little padding.
-        """
-        lengths, train = self.pairs.lengths, self.config.train
-        batch = sorted(self.batches[step], key=lambda i: lengths[i][0] + max(lengths[i][1:]))
-        shares = [batch[rank :: group().size] for rank in range(group().size)]
-        budget = train.tokens_per_microbatch or math.inf
-        cuts = [passes([lengths[i] for i in s], self.path, train.microbatch, budget) for s in shares]
-        for start, end in _halved(cuts[group().rank], max(map(len, cuts))):
-            yield self.view(np.array(shares[group().rank][start:end]), step)
+        """This process's pairs of a step, in as many micro-batches as every other process has."""
+        for part in parts(self.batches[step], self.pairs.lengths, self.path, self.config.train):
+            yield self.view(part, step)
 
     def view(self, indices: np.ndarray, step: int = 0) -> PairBatch:
         """These pairs as the loss trains on them: swapped where its order says so."""
@@ -230,17 +227,6 @@ def _of_rows(sums: Tensor, counts: Tensor, reduction: Literal["sum", "mean"]) ->
     """Log-probs of n pairs' responses, (2 n,), as those of y_w and y_l, summed or per token; (n,) each."""
     first, second = (sums / counts if reduction == "mean" else sums).view(-1, 2).unbind(1)
     return first, second
-
-
-def _halved(cuts: list[tuple[int, int]], number: int) -> list[tuple[int, int]]:
-    """So many parts of the same whole: those of most items in halves, until there are enough."""
-    cuts = list(cuts)
-    while len(cuts) < number:
-        fullest = max(range(len(cuts)), key=lambda k: cuts[k][1] - cuts[k][0])
-        start, end = cuts[fullest]
-        middle = (start + end) // 2
-        cuts[fullest : fullest + 1] = [(start, middle), (middle, end)]
-    return cuts
 
 
 def _reduced(logps: PairLogps, reduction: Literal["sum", "mean"]) -> tuple[np.ndarray, np.ndarray]:

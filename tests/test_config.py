@@ -36,7 +36,12 @@ GROUPS = (
     "experiment",
 )
 # What a file cannot know and a user has to give with it.
-GIVEN = {"model=hf": ["model.path=some/model"], "reward=classifier": ["reward.model=some/model@1a2b"]}
+# What a file leaves for its user to say.
+GIVEN = {
+    "model=hf": ["model.path=some/model"],
+    "reward=classifier": ["reward.model=some/model@1a2b"],
+    "experiment=soup": ["soup.runs=[one,other]", "soup.weights=[0.5,0.5]"],
+}
 
 
 def shipped(*groups: str) -> list[str]:
@@ -108,7 +113,7 @@ def test_every_value_of_an_experiments_sweep_is_valid(
     sweeper = compose(choice, hydra_too=True).hydra.sweeper
     searched = sweeper._target_.endswith(".OptunaSweeper")  # tests/test_search.py tries its corners
     for job in sweep_jobs(sweeper.params) if sweeper.params and not searched else ():  # it may be one run
-        config(choice, *job)
+        config(choice, *GIVEN.get(choice, []), *job)
 
 
 # ---------------------------------------------------------------- every key is explained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from bfpo_exp.compare.figures import PALETTE, figure, save
@@ -32,7 +33,7 @@ def training_curves(metrics: MetricsFile, path: Path, title: str = "") -> Path |
         grid = drawn.subplots((len(panels) + 1) // 2, 2, squeeze=False, sharex=True).flat
         for axes, (panel, names) in zip(grid, panels.items(), strict=False):
             for color, name in zip(PALETTE, names, strict=False):
-                axes.plot(*curves[name], color=color, linewidth=1.3, label=name.rpartition("_")[2])
+                axes.plot(*curves[name], color=color, linewidth=1.3, label=re.split("[_/]", name)[-1])
             axes.set_title(panel, fontsize=9.5)
             if len(names) > 1:
                 axes.legend(fontsize=8)

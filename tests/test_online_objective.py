@@ -94,7 +94,7 @@ def made_objective(
         add_value_head(model)
     sampler = RolloutSampler(model, reference, prompts, scorer, rule, Chat(), path, config, keep)  # type: ignore[arg-type]
     own = Morl.model_validate(config.loss.hyperparameters)
-    multiplier = rule.multiplier if isinstance(rule, Lagrangian) else 0.0
+    multiplier = rule.multiplier if isinstance(rule, Lagrangian) else None
     objective = OnlineObjective(
         prompts, reference, sampler, lambda rollout: steered(rollout, own, rule), multiplier, config, "cpu"
     )

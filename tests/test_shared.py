@@ -21,7 +21,8 @@ from bfpo_exp.logprobs.shared import SharedRow
 from bfpo_exp.models.numerics import Hardware
 from bfpo_exp.train.engine import PlainEngine
 from bfpo_exp.train.loop import train
-from bfpo_exp.train.preference import PreferenceObjective, _halved
+from bfpo_exp.train.parts import _halved
+from bfpo_exp.train.preference import PreferenceObjective
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

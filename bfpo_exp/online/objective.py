@@ -35,7 +35,8 @@ from bfpo_exp.train.live_reference import Reference
 from bfpo_exp.train.loop import Objective, Sums
 from bfpo_exp.train.parts import parts
 
-Sampler = Callable[[int, list[int], float, float], Rollout]
+Controls = tuple[float, float | None]  # beta, and lambda where the rule has one
+Sampler = Callable[[int, list[int], float, float | None], Rollout]
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class OnlineObjective(Objective[SampleBatch]):
         prompts: Prompts,
         reference: Reference,
         sampler: Sampler,
-        steered: Callable[[Rollout], tuple[float, float]],
-        multiplier: float,
+        steered: Callable[[Rollout], Controls],
+        multiplier: float | None,
         config: Config,
         device: torch.device | str,
     ) -> None:
@@ -89,7 +90,7 @@ class OnlineObjective(Objective[SampleBatch]):
         self.batches = BatchOrder(config.seed, prompts.stream, config.train.batch, mode)
         self.path = chosen_path(config.model, config.data.format.max_length)
         self.rows = len(prompts) * self.settings.epochs
-        self.controls = (self.settings.beta, multiplier)  # beta and lambda of the next rollout
+        self.controls: Controls = (self.settings.beta, multiplier)  # of the next rollout
         self.rollout: Rollout | None = None
         self._tokens: dict[int, int] = {}
 
@@ -256,6 +257,7 @@ def measured(rollout: Rollout, places: np.ndarray, device: torch.device | str) -
     ``reward`` is the global reward, ``reward_<name>`` those that it is made of, ``kl`` log pi - log ref of
     the whole response, so that its mean estimates KL(pi || ref); ``reward_safe`` and ``reward_unsafe`` are
     beta kl of responses whose safety reward is at least, or less than, one half, as for other losses.
+    ``multiplier`` and ``cost`` (1 - safety) are Safe RLHF's.
     """
     kl = rollout.kl[places]
     safe = np.array(rollout.rewards["safety"])[places] >= 0.5
@@ -265,11 +267,13 @@ def measured(rollout: Rollout, places: np.ndarray, device: torch.device | str) -
         **{f"reward_{name}": np.array(values)[places] for name, values in rollout.rewards.items()},
         "kl": kl,
         "kl_coefficient": np.full(len(places), rollout.coefficient),
-        "multiplier": np.full(len(places), rollout.multiplier),
         "reward_safe": np.where(safe, implied, np.nan),
         "reward_unsafe": np.where(safe, np.nan, implied),
         "response_tokens": np.array([len(rollout.responses[i]) for i in places]),
     }
+    if rollout.multiplier is not None:
+        found["multiplier"] = np.full(len(places), rollout.multiplier)
+        found["cost"] = 1 - np.array(rollout.rewards["safety"])[places]
     return {name: torch.from_numpy(values).float().to(device) for name, values in found.items()}
 
 

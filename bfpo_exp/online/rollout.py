@@ -23,7 +23,7 @@ class Rollout:
         rewards: by name, of the n responses, as scored.
         reward: the n global rewards.
         coefficient: beta of this rollout.
-        multiplier: lambda of this rollout; 0 where the rule has none.
+        multiplier: lambda of this rollout; None where the rule has none.
     """
 
     number: int
@@ -36,7 +36,7 @@ class Rollout:
     rewards: dict[str, list[float]]
     reward: list[float]
     coefficient: float
-    multiplier: float = 0.0
+    multiplier: float | None = None
 
     @property
     def samples(self) -> int:

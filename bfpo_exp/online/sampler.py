@@ -58,7 +58,7 @@ class RolloutSampler:
         self.settings = Morl.model_validate(config.loss.hyperparameters)
         self._attention = model.config._attn_implementation
 
-    def __call__(self, number: int, rows: list[int], coefficient: float, multiplier: float) -> Rollout:
+    def __call__(self, number: int, rows: list[int], coefficient: float, multiplier: float | None) -> Rollout:
         """The rollout of these prompts; the same in every process."""
         ids = [self.prompts.ids[row] for row in rows for _ in range(self.settings.samples)]
         with _as_for_evaluation(self.model, self._attention):
@@ -75,7 +75,7 @@ class RolloutSampler:
         rewards = self._scored(rows, responses, texts)
         every = {name: torch.tensor(scores, dtype=torch.float32) for name, scores in rewards.items()}
         flagged = torch.from_numpy(self.prompts.stream[rows] == 1).repeat_interleave(self.settings.samples)
-        reward = combined(self.rule, every, flagged, multiplier)
+        reward = combined(self.rule, every, flagged, multiplier or 0.0)
         rollout = Rollout(
             number=number,
             prompts=rows,

@@ -98,7 +98,7 @@ class Quality:
                 sizes = 12 + 200 * bins.counts / bins.counts.sum()
                 axes.scatter(bins.predicted, bins.observed, s=sizes, color=color)
                 accuracy, ece = self.values[f"{name}_accuracy"], self.values[f"{name}_ece"]
-                axes.set_title(f"{name}: accuracy {accuracy:.1%}, calibration error {ece:.3f}", fontsize=9)
+                axes.set_title(f"{name}: {accuracy:.1%} right, calibration error {ece:.3f}", fontsize=9)
             drawn.suptitle(title, x=0.01, ha="left", fontsize=10.5)
             drawn.supxlabel("predicted probability; points are as large as their share", fontsize=9)
             drawn.supylabel("what was observed", fontsize=9)

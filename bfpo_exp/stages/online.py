@@ -19,7 +19,7 @@ from bfpo_exp.hashing import code_version
 from bfpo_exp.logprobs.paths import chosen_path
 from bfpo_exp.models.output import model_card
 from bfpo_exp.online.controls import adapted, ascended
-from bfpo_exp.online.objective import OnlineObjective
+from bfpo_exp.online.objective import Controls, OnlineObjective
 from bfpo_exp.online.rollout import Prompts, Rollout
 from bfpo_exp.online.sampler import RolloutSampler, distinct_prompts
 from bfpo_exp.online.settings import Morl
@@ -85,7 +85,7 @@ def _make(context: Context, start: Weights, folder: Path) -> None:
         reference,
         sampler,
         lambda rollout: steered(rollout, settings, rule),
-        rule.multiplier if isinstance(rule, Lagrangian) else 0.0,
+        rule.multiplier if isinstance(rule, Lagrangian) else None,
         config,
         context.device,
     )
@@ -112,14 +112,14 @@ def _make(context: Context, start: Weights, folder: Path) -> None:
     file.close()
 
 
-def steered(rollout: Rollout, settings: Morl, rule: Combination) -> tuple[float, float]:
+def steered(rollout: Rollout, settings: Morl, rule: Combination) -> Controls:
     """beta and lambda for the rollout after this one."""
     beta, multiplier = rollout.coefficient, rollout.multiplier
     if settings.kl_target is not None:
         beta = adapted(beta, float(rollout.kl.mean()), settings.kl_target)
     if isinstance(rule, Lagrangian):
         cost = 1 - float(np.mean(rollout.rewards["safety"]))
-        multiplier = ascended(multiplier, cost, rule.limit, rule.rate)
+        multiplier = ascended(multiplier or 0.0, cost, rule.limit, rule.rate)
     return beta, multiplier
 
 

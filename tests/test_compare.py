@@ -48,6 +48,18 @@ def params_of(*grids: Mapping[str, object]) -> list[dict[str, str]]:
     return [{name: str(value) for name, value in params.items()} for params in grids]
 
 
+def test_exact_rewards_are_marked_as_an_upper_bound() -> None:
+    scores = {"eval/helpfulness": 60.0}
+    exact = {"rewards": "judge (exact: an upper bound)"}
+    rows = [
+        row({"method": "bfpo"}, scores),
+        row({"method": "morl"}, scores, **exact),
+        row({"method": "steerlm"}, scores, rewards="learnt"),
+    ]
+    (note,) = compare(rows, "t").footnotes
+    assert note == "trained on the exact rewards of the generated world's judge, an upper bound: morl"
+
+
 # ---------------------------------------------------------------- grouping
 
 

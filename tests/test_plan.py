@@ -206,6 +206,16 @@ def test_a_loss_with_a_stage_before_it_has_two(config: Callable[..., Config]) ->
     assert names == ["base", "sft", "preference, first loss", "preference"]
 
 
+def test_a_reward_model_is_planned_where_it_is_trained(config: Callable[..., Config]) -> None:
+    (*_, stage) = stage_plans(config("stages=[base,sft,reward]"), processes=2)
+    assert (stage.name, stage.unit, stage.rows) == ("reward", "pairs", 3000)
+    assert stage.step_tokens == stage.optimisation.batch * 2 * 96
+    assert "reward" not in [stage.name for stage in stage_plans(config(), processes=1)]
+    *_, told = plan(config("experiment=smoke", "stages=[base,sft,reward]")).split("stage ")
+    assert told.startswith("reward\n  8 pairs a step = 1 GPU x 8 x 1 pass; 4 steps on 96 rows at most")
+    assert "logits 0.0 MB" in told, "of two outputs, not of the vocabulary"
+
+
 # ---------------------------------------------------------------- the paper's experiments
 
 

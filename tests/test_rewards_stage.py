@@ -20,7 +20,6 @@ from reward_support import write_classifier
 from bfpo_exp import world
 from bfpo_exp.config.schema import Config
 from bfpo_exp.errors import UserError
-from bfpo_exp.losses import STAGED, StagedLoss
 from bfpo_exp.paths import HOME_VARIABLE
 from bfpo_exp.preflight import preflight
 from bfpo_exp.rewards.use import combines_rewards, trains_reward_model, uses_rewards
@@ -131,12 +130,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def rewarded_loss(monkeypatch: pytest.MonkeyPatch, config: Callable[..., Config]) -> Callable[..., Config]:
+def rewarded_loss(config: Callable[..., Config]) -> Callable[..., Config]:
     """Configs of a loss that reads rewards and combines them."""
-    steerlm = STAGED["steerlm"]
-    loss = StagedLoss("steerlm", steerlm.hyperparameters, needs_rewards=True, combines=True)
-    monkeypatch.setitem(STAGED, "steerlm", loss)
-    return lambda *words: config("experiment=smoke", "loss=steerlm", *words)
+    return lambda *words: config("experiment=smoke", "loss=morl", *words)
 
 
 @pytest.fixture
@@ -225,6 +221,9 @@ def test_settings_that_a_run_does_not_read_make_no_other_run(
     assert run_key(rewarded_loss("combine=max_min")) != rewards
     assert run_key(rewarded_loss(*small)) != rewards
     assert run_key(rewarded_loss("reward=judge", *small)) == judged, "there is no reward model to train"
+    fitted = ["reward=judge", "combine=fitted"]
+    kept = run_key(rewarded_loss(*fitted, "train.reward.heldout=0.2"))
+    assert run_key(rewarded_loss(*fitted)) != kept, "weights are fitted on what is held out"
 
 
 def test_a_classifier_counts_by_its_content(rewarded_loss: Callable[..., Config], tmp_path: Path) -> None:
@@ -237,22 +236,23 @@ def test_a_classifier_counts_by_its_content(rewarded_loss: Callable[..., Config]
 
 
 @pytest.mark.parametrize(
-    ("words", "uses", "trains"),
+    ("words", "uses", "combines", "trains"),
     [
-        (["loss=bfpo"], False, False),
-        (["loss=steerlm"], True, True),
-        (["loss=steerlm", "reward=judge"], True, False),
-        (["loss=bfpo", "stages=[base,sft,reward]"], False, True),
-        (["loss=bfpo", "stages=[base,sft,reward,evaluate]"], False, True),
-        (["loss=steerlm", "stages=[base,sft,evaluate]"], False, False),
+        (["loss=bfpo"], False, False, False),
+        (["loss=morl"], True, True, True),
+        (["loss=steerlm"], True, False, True),
+        (["loss=morl", "reward=judge"], True, True, False),
+        (["loss=bfpo", "stages=[base,sft,reward]"], False, False, True),
+        (["loss=morl", "stages=[base,sft,reward,evaluate]"], False, False, True),
+        (["loss=morl", "stages=[base,sft,evaluate]"], False, False, False),
     ],
 )
 def test_the_stage_is_done_where_it_is_used(
-    words: list[str], uses: bool, trains: bool, config: Callable[..., Config]
+    words: list[str], uses: bool, combines: bool, trains: bool, config: Callable[..., Config]
 ) -> None:
     run = config(*words)
-    assert (uses_rewards(run), trains_reward_model(run)) == (uses, trains)
-    assert not combines_rewards(run), "steerlm is told each reward"
+    found = uses_rewards(run), combines_rewards(run), trains_reward_model(run)
+    assert found == (uses, combines, trains)
 
 
 def test_a_sweep_makes_a_reward_model_once(rewarded_loss: Callable[..., Config]) -> None:

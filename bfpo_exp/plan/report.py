@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bfpo_exp.config.schema import Config, Source
@@ -15,6 +16,7 @@ from bfpo_exp.plan.parameters import Shape, known_shape, trained_parameters
 from bfpo_exp.plan.published import beside_published
 from bfpo_exp.plan.stages import StagePlan, stage_plans
 from bfpo_exp.plan.timing import seconds_a_step, why_not_timed
+from bfpo_exp.rewards.scorer import REWARDS
 from bfpo_exp.rewards.use import trains_reward_model
 
 if TYPE_CHECKING:
@@ -182,7 +184,8 @@ def _stage(
     live = compares and config.train.reference == "live"
     setting = Setting.of(config.model.dtype, config.deepspeed, stage.processes)
     shared = compares and chosen_path(config.model, stage.length).name == "shared"
-    yield from _memory(shape, trained, stage, setting, adapters=lora is not None, live=live, shared=shared)
+    outputs = replace(shape, vocabulary=len(REWARDS)) if stage.name == "reward" else shape
+    yield from _memory(outputs, trained, stage, setting, adapters=lora is not None, live=live, shared=shared)
     yield f"time: {_time(config, stage, shape, timed)}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bfpo_exp.config.rewards import Judge, Learnt
+from bfpo_exp.config.rewards import Fitted, Judge, Learnt
 from bfpo_exp.config.schema import Config
 from bfpo_exp.losses import StagedLoss, get_loss
 from bfpo_exp.tracking.runs import EXACT
@@ -35,7 +35,8 @@ def unread(config: Config) -> dict[str, Any]:
         exclude["reward"] = True
     if not combines_rewards(config):
         exclude["combine"] = True
-    if not trains_reward_model(config):
+    fits = combines_rewards(config) and isinstance(config.combine, Fitted)  # on the pairs that are held out
+    if not trains_reward_model(config) and not fits:
         exclude["train"] = {"reward"}
     return exclude
 

@@ -44,7 +44,7 @@ def policy(context: Context, start: Weights) -> Weights:
     made_of = {
         "reference": start.key,
         "rewards": scorer_made_of(context, start),
-        "combine": config.combine.model_dump(),
+        "combine": combination(context, start).model_dump(),
         "prompts": [_prompts_of_stream(context, stream).name for stream in config.trained_streams],
         "batches": config.data.batches,
         "format": config.data.format.model_dump(),

@@ -36,7 +36,11 @@ GROUPS = (
     "experiment",
 )
 # What a file cannot know and a user has to give with it.
-GIVEN = {"model=hf": ["model.path=some/model"], "reward=classifier": ["reward.model=some/model@1a2b"]}
+GIVEN = {
+    "experiment=soup": ["soup.runs=[a,b]", "soup.weights=[0.5,0.5]"],
+    "model=hf": ["model.path=some/model"],
+    "reward=classifier": ["reward.model=some/model@1a2b"],
+}
 
 
 def shipped(*groups: str) -> list[str]:
@@ -108,7 +112,7 @@ def test_every_value_of_an_experiments_sweep_is_valid(
     sweeper = compose(choice, hydra_too=True).hydra.sweeper
     searched = sweeper._target_.endswith(".OptunaSweeper")  # tests/test_search.py tries its corners
     for job in sweep_jobs(sweeper.params) if sweeper.params and not searched else ():  # it may be one run
-        config(choice, *job)
+        config(choice, *GIVEN.get(choice, []), *job)
 
 
 # ---------------------------------------------------------------- every key is explained

@@ -9,7 +9,7 @@ def adapted(coefficient: float, kl: float, target: float, gain: float = 0.1) -> 
     beta <- beta (1 + gain e) with the error e = KL / target - 1 held within 0.2 (Ziegler et al., 2019,
     arXiv 1909.08593, Section 2.2).
 
-    >>> adapted(0.1, kl=30.0, target=10.0), adapted(0.1, kl=10.0, target=10.0)
+    >>> round(adapted(0.1, kl=30.0, target=10.0), 6), adapted(0.1, kl=10.0, target=10.0)
     (0.102, 0.1)
     """
     error = min(0.2, max(-0.2, kl / target - 1))

@@ -36,18 +36,11 @@ GROUPS = (
     "experiment",
 )
 # What a file cannot know and a user has to give with it.
-<<<<<<< HEAD
 # What a file leaves for its user to say.
 GIVEN = {
     "model=hf": ["model.path=some/model"],
     "reward=classifier": ["reward.model=some/model@1a2b"],
     "experiment=soup": ["soup.runs=[one,other]", "soup.weights=[0.5,0.5]"],
-=======
-GIVEN = {
-    "experiment=soup": ["soup.runs=[a,b]", "soup.weights=[0.5,0.5]"],
-    "model=hf": ["model.path=some/model"],
-    "reward=classifier": ["reward.model=some/model@1a2b"],
->>>>>>> 51ca001becc9f0dbf8b053d81a40cd27e92082bf
 }
 
 

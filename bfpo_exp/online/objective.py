@@ -50,6 +50,7 @@ class SampleBatch:
         old, reference, values: float32 (R,), as in `Rollout`.
         advantages, returns: float32 (R,).
         scale: float32 (R,), by which the direct part of the KL penalty is multiplied, as advantages were.
+        coefficient: beta of the rollout.
         of_responses: float32 (n,) by name: what is measured of whole responses.
     """
 

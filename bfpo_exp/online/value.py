@@ -35,7 +35,6 @@ def without_value_head(model: nn.Module, weights: dict[str, Tensor]) -> dict[str
     return {name: tensor for name, tensor in weights.items() if NAME not in name.split(".")}
 
 
-@torch.no_grad()
 def no_values(hidden: Tensor) -> Tensor:
     """What stands for values where there is no head: zeros, float32 (R,)."""
     return hidden.new_zeros(len(hidden), dtype=torch.float32)

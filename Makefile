@@ -10,10 +10,10 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 demo: $(VENV)/.installed  ## train, score and compare the paper's methods on the generated world
 	$(BIN)/bfpo-exp -m experiment=methods
 
-# Short tests side by side, each on one core; long ones, which start processes of their own, one after another.
+# Two tests at a time.  The long ones start processes of their own, whose idle threads are not to hold a core.
 test: $(VENV)/.installed-dev lint slurm  ## every check and every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m "not slow and not slurm"
-	$(BIN)/pytest --durations 15 -m "slow or slurm"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -n 2 --dist loadgroup --durations 15 -m "slow or slurm"
 
 test-fast: $(VENV)/.installed-dev  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope -m "not slow and not slurm"

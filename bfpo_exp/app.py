@@ -11,7 +11,7 @@ import traceback
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from bfpo_exp.distributed import ask_to_stop, group
+from bfpo_exp.distributed import ask_to_stop, ending, group
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import HOME_VARIABLE, config_dir, home
 from bfpo_exp.plan.dry_run import FLAG, without_traces
@@ -29,7 +29,13 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Compose, check, run; a bad input ends in one line and exit code 2."""
+    """The command as a process of its own: `command`."""
+    with ending():
+        command()
+
+
+def command() -> None:
+    """Compose, check, run; a bad input ends in one line and exit code 2.  Raises `SystemExit`."""
     before_imports()
     import hydra
 

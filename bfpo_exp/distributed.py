@@ -7,7 +7,9 @@ shares do not overlap.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,6 +49,7 @@ class Group:
 
 
 _alone = False
+_joined = False
 _asked_to_stop = False
 _stepping = False
 
@@ -75,6 +78,7 @@ def join(alone_too: bool = False) -> None:
 
     With ``alone_too`` a single process forms a group as well, which DeepSpeed wants.
     """
+    global _joined
     import torch
     import torch.distributed as dist
 
@@ -85,9 +89,11 @@ def join(alone_too: bool = False) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if group().size > 1:
         dist.init_process_group(backend, timeout=PATIENCE)
+        _joined = True
     elif alone_too:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")  # DeepSpeed reads them itself
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+        _joined = True
 
 
 def leave() -> None:
@@ -96,6 +102,24 @@ def leave() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """A whole command, which ends in `SystemExit`; one that was in a group ends without Python's own end.
+
+    DeepSpeed keeps its groups for good, and with them gloo's threads.  One of these that is late to free
+    the tensors of the last collective asks for an interpreter that is gone, and aborts the process.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if not _joined or not isinstance(end.code, int | None):
+            raise
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code or 0)
 
 
 def ask_to_stop() -> None:

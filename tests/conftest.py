@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from bfpo_exp.data.pairs import TokenisedPairs
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, those that need SLURM share one cluster, so they follow one another."""
+    for item in items:
+        if item.get_closest_marker("slurm"):
+            item.add_marker(pytest.mark.xdist_group("slurm"))
+
+
 @pytest.fixture(scope="session")
 def compose() -> Callable[..., DictConfig]:
     """The config that the command would get from these words of a command line."""
@@ -94,7 +101,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """``bfpo-exp`` in this process, with a runs root of the test's own."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from bfpo_exp.app import main
+    from bfpo_exp import app
 
     monkeypatch.setenv("BFPO_EXP_HOME", str(tmp_path / "runs"))
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
@@ -105,7 +112,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         GlobalHydra.instance().clear()
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main()
+            app.command()
         return Done(int(ended.value.code or 0), *capsys.readouterr())
 
     return run

@@ -122,6 +122,14 @@ def test_a_failing_run_takes_no_other_down(
     assert "UserError" in failed.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_a_stage_that_runs_away_says_which_rate_to_lower(command: Command, stage: str) -> None:
+    done = command(SMOKE, f"train.{stage}.lr=1e30", f"train.{stage}.clip=null")
+    assert done.code == 1
+    assert re.search(rf"the loss is nan at step \d+: lower train.{stage}.lr \(1e\+30\)", done.out)
+
+
 BAD = {
     "unknown loss": (["loss=bfpx"], "unknown loss 'bfpx'; allowed: bfpo, bso, cdpo, .*; nearest: 'bfpo'"),
     "misspelt key": (["loss.betta=1"], "unknown key in loss 'betta'; .* nearest: 'beta'"),

@@ -175,6 +175,22 @@ def test_the_failure_of_any_process_is_the_runs(tmp_path: Path) -> None:
     }
 
 
+def test_a_thread_that_is_late_does_not_abort_a_process_at_its_end() -> None:
+    late = (
+        "import sys, time, torch\n"
+        "from bfpo_exp.distributed import ending, join\n"
+        "with ending():\n"
+        "    join(alone_too=True)\n"
+        "    sys.setswitchinterval(1e6)  # another thread gets the interpreter when this one is done\n"
+        "    torch.distributed.all_reduce(torch.ones(9), async_op=True)  # whose thread frees the tensor\n"
+        "    end = time.monotonic() + 0.3\n"
+        "    while time.monotonic() < end: pass\n"
+        "    print('said'), sys.exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (3, "said\n"), done.stderr
+
+
 def test_several_gpus_are_told_of(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import torch
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -339,8 +340,10 @@ def resident(group: int) -> float:
     """Memory that the processes of a group hold, in MB."""
     held = 0.0
     for process in processes_of(group):
-        status = Path(f"/proc/{process}/status").read_text()
-        held += float(status.partition("VmRSS:")[2].split()[0]) / 1e3
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            status = Path(f"/proc/{process}/status").read_text()
+            if "VmRSS:" in status:  # one that is ending has none
+                held += float(status.partition("VmRSS:")[2].split()[0]) / 1e3
     return held
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from bfpo_exp.data.conversations import sft_format
 from bfpo_exp.data.records import Message
 from bfpo_exp.data.tokenise import tokenise_demos
 from bfpo_exp.distributed import group
+from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version
 from bfpo_exp.models.lora import merged
 from bfpo_exp.models.output import ModelCard, model_card, write_model_folder
@@ -172,14 +174,27 @@ def _train_on_demonstrations(
     """Train and save; the stage's metrics are kept beside its weights."""
     file = MetricsFile(folder / METRICS)
 
-    def on_log(step: int, values: Mapping[str, float]) -> None:
-        context.log_as(stage, file, step, values)
+    def on_log(taken: int, values: Mapping[str, float]) -> None:
+        require_finite(values, taken, objective.optimisation, f"train.{stage}")
+        context.log_as(stage, file, taken, values)
 
     optimisation = objective.optimisation
     select_trainable(model, optimisation.trainable)
     with cpu_threads(optimisation.threads):
         run_stage(context, stage, model, objective, optimisation, on_log, folder, chat, card)
     file.close()
+
+
+def require_finite(
+    values: Mapping[str, float], taken: int, optimisation: Optimisation, settings: str
+) -> None:
+    """A `UserError` if training has run away; ``settings`` is where the config has this optimisation."""
+    for name, value in values.items():
+        if (name == "loss" or name.endswith("_loss")) and not math.isfinite(value):
+            raise UserError(
+                f"the {name} is {value} at step {taken}: lower {settings}.lr ({optimisation.lr}) or set "
+                f"{settings}.clip"
+            )
 
 
 def run_stage(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from datasets import Dataset, load_from_disk
 from bfpo_exp.config.rewards import Combination, Lagrangian
 from bfpo_exp.config.schema import STREAMS, StreamName
 from bfpo_exp.distributed import group
-from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version
 from bfpo_exp.logprobs.paths import chosen_path
 from bfpo_exp.models.output import model_card
@@ -25,7 +23,7 @@ from bfpo_exp.online.sampler import RolloutSampler, distinct_prompts
 from bfpo_exp.online.settings import Morl
 from bfpo_exp.online.value import add_value_head, without_value_head
 from bfpo_exp.rewards.scorer import shared_out
-from bfpo_exp.stages.base import METRICS, chat_format, run_stage, tokenizer
+from bfpo_exp.stages.base import METRICS, chat_format, require_finite, run_stage, tokenizer
 from bfpo_exp.stages.context import Context, Weights
 from bfpo_exp.stages.preference import trained_model
 from bfpo_exp.stages.reward import combination, scorer, scorer_made_of
@@ -92,11 +90,7 @@ def _make(context: Context, start: Weights, folder: Path) -> None:
     file, meter = MetricsFile(folder / METRICS), Meter(objective)
 
     def on_log(taken: int, values: Mapping[str, float]) -> None:
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss is {values['loss']} at step {taken}: lower train.lr ({config.train.lr}) or set "
-                "train.clip"
-            )
+        require_finite(values, taken, config.train, "train")
         if taken == 1 and abs(values["kl"]) > STEP_ZERO_KL[config.model.dtype]:
             raise AssertionError(
                 f"the first samples' KL to the reference is {values['kl']:.4g}, but there policy == reference"

@@ -25,7 +25,7 @@ from bfpo_exp.models.lora import add_lora
 from bfpo_exp.models.output import ModelCard, model_card
 from bfpo_exp.models.policy import load_policy, select_trainable
 from bfpo_exp.progress import progress
-from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, run_stage, tokenizer
+from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, require_finite, run_stage, tokenizer
 from bfpo_exp.stages.context import Context, Weights
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.train.live_reference import live_reference
@@ -185,11 +185,7 @@ def _train(
         values = dict(values)
         if nonfinite := objective.nonfinite():
             raise UserError(nonfinite)
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss is {values['loss']} at step {taken}: lower train.lr ({config.train.lr}) or set "
-                "train.clip"
-            )
+        require_finite(values, taken, config.train, "train")
         at_reference = values.pop("loss_at_reference")
         if taken == 1:
             _assert_step_zero(values["loss"], at_reference, STEP_ZERO_TOLERANCE[config.model.dtype])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from bfpo_exp.rewards.quality import Quality, heads_of, measured
 from bfpo_exp.rewards.scorer import REWARDS, Scorer, finite, shared_out
 from bfpo_exp.rewards.training import RewardObjective, new_reward_model, select_trained
 from bfpo_exp.runtime import cpu_threads
-from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, run_stage
+from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, require_finite, run_stage
 from bfpo_exp.stages.context import Context, Weights
 from bfpo_exp.stages.preference import tokenised_stream
 from bfpo_exp.tracking.metrics_file import MetricsFile
@@ -134,12 +133,8 @@ def _train(
     objective = RewardObjective(pairs.tokens, ~pairs.heldout, optimisation, pad, context.device)
 
     def on_log(taken: int, values: Mapping[str, float]) -> None:
+        require_finite(values, taken, optimisation, "train.reward")
         losses = [value for name, value in values.items() if name.endswith("_loss")]
-        if not all(map(math.isfinite, losses)):
-            raise UserError(
-                f"the reward model's loss is {sum(losses)} at step {taken}: lower train.reward.lr "
-                f"({optimisation.lr}) or set train.reward.clip"
-            )
         context.log_as("reward_model", file, taken, {**values, "loss": sum(losses)})
 
     run_stage(context, "reward model", model, objective, optimisation, on_log, folder, chat, card)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from bfpo_exp.hashing import code_version
 from bfpo_exp.models.added_tokens import add_words, extend_embeddings, train_new_rows
 from bfpo_exp.models.output import ModelCard, model_card
 from bfpo_exp.rewards.scorer import REWARDS, shared_out
-from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, run_stage
+from bfpo_exp.stages.base import COUNTS, METRICS, chat_format, require_finite, run_stage
 from bfpo_exp.stages.context import Context, Weights
 from bfpo_exp.stages.preference import trained_model
 from bfpo_exp.stages.reward import scorer, scorer_made_of
@@ -185,11 +184,7 @@ def _train(
     file, meter = MetricsFile(folder / METRICS), Meter(objective)
 
     def on_log(taken: int, values: Mapping[str, float]) -> None:
-        if not math.isfinite(values["loss"]):
-            raise UserError(
-                f"the loss is {values['loss']} at step {taken}: lower train.lr ({config.train.lr}) or set "
-                "train.clip"
-            )
+        require_finite(values, taken, config.train, "train")
         context.log_as("train", file, taken, {**values, **meter.read(taken)})
 
     what = f"{config.label}, seed {config.seed}"

@@ -25,7 +25,7 @@ from filelock import Timeout
 
 from bfpo_exp import progress
 from bfpo_exp.config.schema import Config, Stage
-from bfpo_exp.distributed import ask_to_stop, group, leave, lost_another
+from bfpo_exp.distributed import ask_to_stop, ending, group, leave, lost_another
 from bfpo_exp.errors import UserError, unknown
 from bfpo_exp.paths import home
 from bfpo_exp.run import OTHER_FAILURE, VANISHED, Outcome, give_up, make_ahead, run, run_code, run_key
@@ -224,4 +224,5 @@ def _stages(given: str) -> list[Stage]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ending():
+        sys.exit(main())

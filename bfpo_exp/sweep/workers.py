@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -15,6 +16,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bfpo_exp.distributed import ending
 from bfpo_exp.sweep.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -193,7 +195,14 @@ def _end(workers: Sequence[_Worker], interrupted: bool) -> None:
 
 
 def _serve(pipe: connection.Connection, folder: Path, share: Share) -> None:
-    """A worker: does the jobs whose numbers come through the pipe, until it closes."""
+    """A worker process."""
+    with ending():
+        _work(pipe, folder, share)
+        sys.exit()
+
+
+def _work(pipe: connection.Connection, folder: Path, share: Share) -> None:
+    """Do the jobs whose numbers come through the pipe, until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all; the parent decides
     share.take()
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -13,7 +13,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from bfpo_exp.config.schema import Config, Loss, Optimisation
+from bfpo_exp.config.schema import Config, Loss
+from bfpo_exp.config.training import Optimisation
 from bfpo_exp.data.conversations import sft_format
 from bfpo_exp.data.mix import PairMix
 from bfpo_exp.data.requirements import missing_labels
@@ -36,7 +37,6 @@ from bfpo_exp.stages.steerlm import check_steerlm
 from bfpo_exp.store import Store
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.train.engines import check_engine
-from bfpo_exp.train.live_reference import check_reference
 from bfpo_exp.train.optimisers import check_optimiser
 from bfpo_exp.train.prepare import check_compile
 
@@ -119,16 +119,10 @@ def _check_lengths(config: Config) -> None:
 
 
 def _check_preference(config: Config) -> None:
-    check_reference(config.train, config.deepspeed)
     check_compile(config.train)
     chosen_path(config.model, config.data.format.max_length)
     if config.train.lora:
         check_lora(config.train.lora, config.model)
-    if config.data.batches == "balanced" and config.train.batch % 2:
-        raise UserError(
-            f"train.batch={config.train.batch} is odd, but data.batches=balanced takes half of it from "
-            "each stream; give an even number"
-        )
     if config.loss.name in OWN_CHECKS:
         OWN_CHECKS[config.loss.name](config)
     loss: Loss | None = None if is_staged(config.loss) else config.loss

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bfpo_exp.config.schema import Data, Format, PairSource, SftSource
+from bfpo_exp.config.data import Data, Format, PairSource, SftSource
 
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 PKU = REAL / "pku_saferlhf" / "pairs.jsonl.gz"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Optimisation
+from bfpo_exp.config.training import Optimisation
 from bfpo_exp.errors import UserError
 from bfpo_exp.store import Store
 from bfpo_exp.train.checkpoints import Checkpoints

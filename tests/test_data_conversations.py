@@ -10,7 +10,7 @@ from data_support import bpe_tokenizer, chat_format, runs_root  # noqa: F401
 from datasets import Dataset
 from test_data_chat import CHATML, SETTINGS, made, text_of, user
 
-from bfpo_exp.config.schema import LossOn
+from bfpo_exp.config.training import LossOn
 from bfpo_exp.data.arrow import DEMO_FEATURES
 from bfpo_exp.data.chat import ChatFormat
 from bfpo_exp.data.conversations import Demonstration, encode_demonstrations, sft_format

@@ -20,7 +20,7 @@ from data_support import (
 )
 from datasets import load_from_disk
 
-from bfpo_exp.config.schema import PairSource
+from bfpo_exp.config.data import PairSource
 from bfpo_exp.data.arrow import PAIR_FEATURES
 from bfpo_exp.data.clean import REASONS
 from bfpo_exp.data.demos import demos_fingerprint, load_demos

@@ -21,7 +21,7 @@ from data_support import (
 )
 from reward_support import write_classifier
 
-from bfpo_exp.config.schema import Ranker
+from bfpo_exp.config.data import Ranker
 from bfpo_exp.data.mix import load_pairs, pairs_fingerprint
 from bfpo_exp.data.rank import make_scorer, rank
 from bfpo_exp.data.staged import stage_pairs

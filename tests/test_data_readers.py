@@ -17,7 +17,7 @@ from data_support import (
     write_rows,
 )
 
-from bfpo_exp.config.schema import PairSource
+from bfpo_exp.config.data import PairSource
 from bfpo_exp.data.staged import stage_demos, stage_pairs
 from bfpo_exp.errors import UserError
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from bfpo_exp.config.schema import Config, Lora
+from bfpo_exp.config.schema import Config
+from bfpo_exp.config.training import Lora
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.paths import SHARED, Rows

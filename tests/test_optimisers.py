@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Config, Optimisation
+from bfpo_exp.config.schema import Config
+from bfpo_exp.config.training import Optimisation
 from bfpo_exp.errors import UserError
 from bfpo_exp.train.optimisers import check_optimiser, make_optimiser
 

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Config, SftOptimisation
+from bfpo_exp.config.schema import Config
+from bfpo_exp.config.training import SftOptimisation
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.packed import (
     Document,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from app_support import Command
 
-from bfpo_exp.config.schema import Config, Lora
+from bfpo_exp.config.schema import Config
+from bfpo_exp.config.training import Lora
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps
 from bfpo_exp.models.policy import select_trainable
@@ -250,6 +251,17 @@ def test_the_rows_of_the_papers_tables(
     assert run.deepspeed.name == "zero3"
 
 
+def test_the_papers_rl_row_has_as_many_sequence_gradients_as_the_others(
+    config: Callable[..., Config],
+) -> None:
+    _, reward, preference = stage_plans(config("experiment=paper/morl"), processes=4)
+    (_, other) = stage_plans(config("experiment=paper/table2", "method=bfpo"), processes=4)
+    samples = config("experiment=paper/morl").loss.hyperparameters["samples"]
+    assert preference.steps == other.steps == 938
+    assert preference.optimisation.batch * samples == 2 * other.optimisation.batch
+    assert (reward.name, reward.steps) == ("reward", 938)
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -269,7 +281,7 @@ def test_every_paper_experiment_is_planned_offline(name: str, command: Command, 
     assert done.code == 0, done.err
     assert "7,241,732,096 parameters" in done.out
     assert "trained: 1,879,048,192 parameters (mlp.down_proj), 25.9 % of all" in done.out
-    assert "(ZeRO 3, gradient checkpointing on)" in done.out
+    assert f"(ZeRO {2 if name == 'morl' else 3}, gradient checkpointing on)" in done.out
     assert "time: no estimate was measured" in done.out
     assert not (tmp_path / "runs").exists(), "nothing is written"
 
@@ -290,6 +302,7 @@ def test_a_sweep_is_planned_once_a_distinct_job(command: Command, tmp_path: Path
 def test_a_dry_run_refuses_what_a_run_refuses(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nearest: 'bfpo'" in command("--dry-run", "loss=bfpx").line
     assert "loss.beta=-1" in command("-m", "--dry-run", "loss.beta=0.1,-1,0.2").line
+    assert "keeps in parts" in command("--dry-run", "experiment=paper/table2", "method=morl").line
     assert "nearest: 'mlp.down_proj'" in command("--dry-run", "train.trainable=[mlp.down_prj]").line
     assert "has 128 positions" in command("--dry-run", "data.format.max_length=200").line
     monkeypatch.setenv("WORLD_SIZE", "3")

@@ -13,7 +13,8 @@ import torch
 from model_support import END_OF_TURN, VOCABULARY, made_model, made_pairs
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Config, RewardOptimisation
+from bfpo_exp.config.schema import Config
+from bfpo_exp.config.training import RewardOptimisation
 from bfpo_exp.data.draw import is_held_out
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.data.records import Message

@@ -197,33 +197,40 @@ if os.environ.get("RANK") == "3":
 
 
 def test_two_nodes_with_two_processes_each_equal_one(
-    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the first try, a process on the other node than the main one fails: the run says why."""
+    """At the first try, a process on the other node than the main one fails: the run says why.  At the second
+    that node dies.
+    """
     pytest.importorskip("deepspeed")
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "sitecustomize.py").write_text(BREAK)
     setup = f'test ! -d {broken} || export PYTHONPATH="{broken}:$PYTHONPATH"'
-    words = ["stages=[base,sft,reference,preference]", "train.steps=20", "train.log_every=1"]
+    words = ["stages=[base,sft,reference,preference]", f"train.steps={STEPS}", "train.log_every=1"]
     manifest = handed_in(
         *LAUNCHER, *words, "deepspeed=zero2", "hydra.launcher.nodes=2", "hydra.launcher.gpus_per_node=2",
-        f"hydra.launcher.setup=['{setup}']",
+        f"hydra.launcher.setup=['{setup}']", "train.checkpoint_every=40",
     )  # fmt: skip
     until(lambda: Ending.of(manifest.job_dir(0)))
     assert "0 reused and 1 failed" in ended(manifest)
     assert job_states(manifest)[0].reason == "process 3: RuntimeError: this GPU has fallen off the bus"
     (broken / "sitecustomize.py").unlink(), broken.rmdir()
     command("bfpo_exp.sweep", "resume")
+    until(lambda: in_the_middle(manifest, 0))
+    slurm.kill_node("n2")
+    until(lambda: "SLURM job" in str(job_states(manifest)[0]))
+    slurm.start_node("n2")
     assert "1 run, of which 0 reused and 0 failed" in ended(manifest)
-    assert_complete(manifest, steps=20)
+    assert said(manifest, 0, "continuing after step") == 1
+    assert_complete(manifest)
 
     monkeypatch.setenv("BFPO_EXP_HOME", str(tmp_path / "one"))
     command("bfpo_exp", *LAUNCHER[2:], *words)
     (one,) = (tmp_path / "one" / "run").glob("*")
     expected, found = losses(one), losses(manifest.run_dir(0))
     assert found.keys() == expected.keys()
-    assert len([key for key in found if key[0] == "train/loss"]) == 20
+    assert len([key for key in found if key[0] == "train/loss"]) == STEPS
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, rel=1e-4), key
 
@@ -303,7 +310,10 @@ def continued_after(manifest: Manifest, number: int) -> int:
 
 
 def test_a_shared_stage_that_fails_and_a_sweep_that_is_cancelled(home: Path) -> None:
-    """Runs that wait for what is shared say why they failed; cancelled ones go on from where they were."""
+    """Runs that wait for what is shared say why they failed; cancelled ones go on from where they were.
+
+    Before it is cancelled, the sweep makes way for a job of more priority.
+    """
     home.mkdir()
     (home / "store").touch()
     words = ["seed=0,1", "hydra.launcher.array_parallelism=1", "hydra.launcher.wait=true"]
@@ -315,7 +325,12 @@ def test_a_shared_stage_that_fails_and_a_sweep_that_is_cancelled(home: Path) -> 
     (home / "store").unlink()
 
     resumed = subprocess.Popen([sys.executable, "-m", "bfpo_exp.sweep", "resume"])
-    at = until(lambda: in_the_middle(manifest, 0))
+    preempted_at = until(lambda: in_the_middle(manifest, 0))
+    urgent = ["--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", "--wrap=true"]
+    subprocess.run(["sbatch", "--wait", *urgent], check=True)
+    until(lambda: said(manifest, 0, "continuing after step"))
+    assert continued_after(manifest, 0) >= preempted_at
+    at = until(lambda: in_the_middle(manifest, 0, since=preempted_at + 5))
     assert "cancelled" in command("bfpo_exp.sweep", "cancel")
     assert "cancelled, 2 jobs: 2 lost" in command("bfpo_exp.sweep", "list")
     assert resumed.wait(DEADLINE) == 1

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Config, Optimisation, SeededOptimisation
+from bfpo_exp.config.schema import Config
+from bfpo_exp.config.training import Optimisation, SeededOptimisation
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.padded import PaddedRows, response_logps

@@ -10,7 +10,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from bfpo_exp.config.schema import Config, Data, Loss
+from bfpo_exp.config.data import Data
+from bfpo_exp.config.schema import Config, Loss
+from bfpo_exp.config.together import check_together
 from bfpo_exp.errors import UserError, unknown
 from bfpo_exp.losses import StagedLoss, get_loss, is_staged
 
@@ -30,7 +32,9 @@ def checked(composed: DictConfig) -> Config:
     loss = _checked_loss(config.loss, config.data, prefix="loss.")
     # What a soup is made of was trained elsewhere: the loss of this config has no part in it.
     method = config.method or ("soup" if "soup" in config.stages else None)
-    return config.model_copy(update={"loss": loss, "method": method})
+    config = config.model_copy(update={"loss": loss, "method": method})
+    check_together(config)
+    return config
 
 
 def _checked_loss(loss: Loss, data: Data, prefix: str) -> Loss:

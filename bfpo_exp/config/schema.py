@@ -1,8 +1,8 @@
 """The type and the range of every value that a user may set.
 
-``conf/*.yaml`` holds the defaults and a line of explanation for each key; this module holds what
-is allowed.  There are no defaults here, so the two cannot drift apart; only a source of data, which
-users add by names of their own, has its defaults in this file.
+``conf/*.yaml`` holds the defaults and a line of explanation for each key; this module, with those that
+it imports from this folder, holds what is allowed.  There are no defaults here, so the two cannot drift
+apart; only a source of data, which users add by names of their own, has its defaults in its class.
 """
 
 from __future__ import annotations
@@ -10,150 +10,16 @@ from __future__ import annotations
 import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from bfpo_exp.config.rewards import Combine, Output, Reward
+from bfpo_exp.config.data import Data
+from bfpo_exp.config.rewards import Combine, Reward
 from bfpo_exp.config.soup import Soup
-from bfpo_exp.config.types import Count, NonNegative, Positive, Seed, Share, StreamName, Strict
+from bfpo_exp.config.training import Deepspeed, Train
+from bfpo_exp.config.types import Count, NonNegative, Seed, Share, StreamName, Strict
 
 Stage = Literal["base", "sft", "reward", "reference", "preference", "soup", "evaluate", "bandit"]
-LossOn = Literal["last", "assistant", "all"]
 STREAMS: tuple[StreamName, ...] = ("helpfulness", "safety")
-
-
-def _size(value: Any) -> Any:
-    """Sizes are whole numbers of rows, or fractions; 1 means one row and 1.0 all of them."""
-    if value is None:
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError("a size is a number of rows, a fraction in (0, 1], or null for all rows")
-    if isinstance(value, float) and not 0 < value <= 1:
-        raise ValueError("a fraction lies in (0, 1]; for a number of rows write a whole number")
-    if isinstance(value, int) and value < 0:
-        raise ValueError("a number of rows is not negative")
-    return value
-
-
-def _trainable(value: Any) -> Any:
-    """All weights, or those of the modules whose names end in one of the suffixes."""
-    if value == "all" or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
-        return value
-    raise ValueError("allowed: 'all', or a list of suffixes of module names such as [mlp.down_proj]")
-
-
-Trainable = Annotated[Literal["all"] | list[str], BeforeValidator(_trainable)]
-Size = Annotated[int | float | None, BeforeValidator(_size)]
-
-
-# ---------------------------------------------------------------- data
-
-
-class Source(Strict):
-    """One data set: where its rows are, how they read, how many are taken.
-
-    Attributes:
-        reader: what a row means: ``pku_saferlhf``, ``columns``, ``world``, ... (docs/data.md).
-        hub, revision, split: a data set on the hub, at a commit; or
-        files: local files, JSON lines or Parquet, compressed or not, globs allowed.
-        size: rows, or a fraction in (0, 1], drawn at random; null: all.
-        columns: of ``reader=columns``: which column holds which field.
-        options: of the reader.
-    """
-
-    reader: str
-    hub: str | None = None
-    revision: str | None = None
-    split: str = "train"
-    files: list[str] | None = None
-    size: Size = None
-    columns: dict[str, str] = Field(default_factory=dict)
-    options: dict[str, Any] = Field(default_factory=dict)
-
-
-class PairSource(Source):
-    """A source of preference pairs, and the stream that it feeds.
-
-    ``assume_safe`` labels every response without a label safe, as the paper does for UltraFeedback.
-    """
-
-    stream: StreamName
-    assume_safe: bool = False
-
-
-class SftSource(Source):
-    """A source of demonstrations; of a preference pair, ``take`` names the response."""
-
-    take: Literal["conversation", "more_helpful", "safer"]
-
-
-class Ranker(Strict):
-    """Who supplies a helpfulness order that the data lacks."""
-
-    kind: Literal["none", "column", "model", "longer"]
-    columns: list[str] | None
-    model: str | None
-    output: Output
-
-    @model_validator(mode="after")
-    def _complete(self) -> Ranker:
-        if self.kind == "column" and (self.columns is None or len(self.columns) != 2):
-            raise ValueError(
-                "ranker kind 'column' needs columns=[score of the first response, of the second]"
-            )
-        if self.kind == "model" and not self.model:
-            raise ValueError("ranker kind 'model' needs model=<folder of a sequence classifier>")
-        return self
-
-
-class Format(Strict):
-    """The one rule for chat format and length."""
-
-    template: str | None
-    system: str | None
-    max_length: Count
-    max_prompt_length: Count
-    close_truncated: bool
-
-    @model_validator(mode="after")
-    def _room(self) -> Format:
-        if self.max_prompt_length >= self.max_length:
-            raise ValueError(
-                f"max_prompt_length={self.max_prompt_length} leaves no room for a response "
-                f"within max_length={self.max_length}"
-            )
-        return self
-
-
-class Data(Strict):
-    """The mix: sources of pairs in two streams, demonstrations for SFT, format, ranker."""
-
-    name: str
-    seed: Seed
-    streams: list[StreamName]
-    batches: Literal["balanced", "shuffle"]
-    heldout: Annotated[float, Field(ge=0, lt=1)]
-    pairs: dict[str, PairSource]
-    sft: dict[str, SftSource]
-    ranker: Ranker
-    format: Format
-
-    @model_validator(mode="after")
-    def _mix(self) -> Data:
-        if not self.streams:
-            raise ValueError("the data mix is empty: streams=[]; allowed: helpfulness, safety")
-        for stream in self.streams:
-            sources = {n: s for n, s in self.pairs.items() if s.stream == stream}
-            if not any(source.size != 0 for source in sources.values()):
-                raise ValueError(
-                    f"the data mix is empty: no source with rows feeds the stream {stream!r} "
-                    f"(sources: {', '.join(self.pairs) or 'none'})"
-                )
-        if self.batches == "balanced" and len(set(self.streams)) != 2:
-            raise ValueError(
-                f"batches=balanced takes as many pairs from each of two streams, but streams="
-                f"{self.streams}; use batches=shuffle"
-            )
-        return self
 
 
 # ---------------------------------------------------------------- model
@@ -207,100 +73,6 @@ class Model(Strict):
                 "shape declares the config of pretrained weights, model_type included; "
                 f"got shape={self.shape}, architecture={self.architecture}"
             )
-        return self
-
-
-# ---------------------------------------------------------------- training
-
-
-class Optimisation(Strict):
-    """How one stage trains: which weights, how long, at what rate."""
-
-    trainable: Trainable
-    steps: Annotated[int, Field(ge=0)] | None
-    epochs: Positive | None
-    batch: Count
-    microbatch: Count
-    lr: Positive
-    schedule: Literal["linear", "cosine", "constant"]
-    warmup: Share
-    weight_decay: NonNegative
-    betas: tuple[Share, Share]
-    clip: Positive | None
-    log_every: Count
-    checkpoint_every: Count | None
-    keep_checkpoints: Count
-    optimizer: Literal["adamw", "rmsprop", "adamw_8bit"]
-    gradient_checkpointing: bool
-
-    @model_validator(mode="after")
-    def _length(self) -> Optimisation:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"give either steps or epochs, got steps={self.steps}, epochs={self.epochs}")
-        return self
-
-
-class SeededOptimisation(Optimisation):
-    """A stage that a sweep shares: its seed and its CPU threads are its own, not the run's."""
-
-    seed: Seed
-    threads: Count
-
-
-class SftOptimisation(SeededOptimisation):
-    """Supervised fine-tuning: which tokens of a conversation are trained, and how rows are made of them."""
-
-    loss_on: LossOn
-    packing: bool
-    max_length: Count | None
-
-
-class RewardOptimisation(SeededOptimisation):
-    """Training a reward model; a share ``heldout`` of the prompts is kept for measuring it."""
-
-    heldout: Annotated[float, Field(ge=0, lt=1)]
-
-
-class Lora(Strict):
-    """Low-rank adapters: the update of a matrix is ``alpha / rank`` times a product of two thin ones.
-
-    ``target`` holds suffixes of the names of linear modules, as ``train.trainable`` does.
-    """
-
-    rank: Count
-    alpha: Positive
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    target: Annotated[list[str], Field(min_length=1)]
-
-
-class Train(Optimisation):
-    """The preference stage, with the stages before it."""
-
-    tokens_per_microbatch: Count | None
-    compile: bool
-    reference: Literal["cached", "live"]
-    lora: Lora | None
-    base: SeededOptimisation
-    sft: SftOptimisation
-    reward: RewardOptimisation
-
-
-class Deepspeed(Strict):
-    """Which engine steps the weights, with DeepSpeed's own settings."""
-
-    name: Literal["none", "zero1", "zero2", "zero3", "zero3_offload"]
-    config: dict[str, Any] | None
-
-    @model_validator(mode="after")
-    def _settings(self) -> Deepspeed:
-        if (self.name == "none") != (self.config is None):
-            raise ValueError(
-                f"config belongs to the ZeRO stages, but name={self.name}, config={self.config}; choose "
-                "deepspeed=none|zero1|zero2|zero3|zero3_offload"
-            )
-        stage = (self.config or {}).get("zero_optimization", {}).get("stage")
-        if self.name != "none" and stage != int(self.name[4]):
-            raise ValueError(f"name={self.name}, but config.zero_optimization.stage={stage}")
         return self
 
 

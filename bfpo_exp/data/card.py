@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from bfpo_exp.config.schema import Data, Source
+from bfpo_exp.config.data import Data, Source
 from bfpo_exp.data.demos import DemoMix
 from bfpo_exp.data.mix import PairMix
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from bfpo_exp.config.schema import Format
+from bfpo_exp.config.data import Format
 from bfpo_exp.data.records import Message
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import stable_hash

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from bfpo_exp.config.schema import Format, LossOn
+from bfpo_exp.config.data import Format
+from bfpo_exp.config.training import LossOn
 from bfpo_exp.data.chat import ChatFormat
 from bfpo_exp.data.records import Message
 from bfpo_exp.errors import UserError

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from bfpo_exp.config.schema import Data, SftSource
+from bfpo_exp.config.data import Data, SftSource
 from bfpo_exp.data.arrow import DEMO_FEATURES, derive
 from bfpo_exp.data.clean import DEMO_REASONS, KEEP, REASONS, demo_reasons, pair_reasons
 from bfpo_exp.data.draw import draw_order, is_held_out, wanted

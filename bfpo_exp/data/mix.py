@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from bfpo_exp.config.schema import Data, PairSource, Source
+from bfpo_exp.config.data import Data, PairSource, Source
 from bfpo_exp.data.clean import KEEP, REASONS, pair_reasons
 from bfpo_exp.data.draw import draw_order, is_held_out, wanted
 from bfpo_exp.data.rank import Scorer, make_scorer, rank, ranker_made_of

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from bfpo_exp.config.schema import Ranker
+from bfpo_exp.config.data import Ranker
 from bfpo_exp.data.arrow import PAIR_FEATURES, derive
 from bfpo_exp.errors import UserError
 from bfpo_exp.rewards.classifier import classifier_fingerprint, load_classifier, output_number

@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 
-from bfpo_exp.config.schema import Source
+from bfpo_exp.config.data import Source
 from bfpo_exp.data.arrow import quiet
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import writable_home

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset, Features
 
-from bfpo_exp.config.schema import Data, PairSource, Ranker, Source
+from bfpo_exp.config.data import Data, PairSource, Ranker, Source
 from bfpo_exp.data.arrow import DEMO_FEATURES, STAGED_FEATURES, derive
 from bfpo_exp.data.readers import WORLD, demo_reader, pair_reader
 from bfpo_exp.data.readers.base import RowReader, demo_record, pair_record, staged_pair

@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Dataset, Features, List, Value
 
-from bfpo_exp.config.schema import STREAMS, LossOn
+from bfpo_exp.config.schema import STREAMS
+from bfpo_exp.config.training import LossOn
 from bfpo_exp.data.arrow import derive
 from bfpo_exp.data.chat import ChatFormat, Tokens
 from bfpo_exp.data.conversations import Demonstration, encode_demonstrations

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Lora, Model
+from bfpo_exp.config.schema import Model
+from bfpo_exp.config.training import Lora
 from bfpo_exp.errors import UserError, unknown
 
 if TYPE_CHECKING:

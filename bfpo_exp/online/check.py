@@ -14,14 +14,6 @@ AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 def check_online(config: Config) -> None:
     """A `UserError` for what sampling from the policy while it trains does not go with."""
     settings = Morl.model_validate(config.loss.hyperparameters)
-    stage = (config.deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
-    if stage == 3:
-        raise UserError(
-            f"loss=morl samples from the policy, whose weights deepspeed={config.deepspeed.name} keeps in "
-            "parts; use deepspeed=none|zero1|zero2"
-        )
-    if config.train.compile:
-        raise UserError("train.compile=true is for losses on pairs: loss=morl also samples from the model")
     shape = architecture(config.model)
     for field in AFTER_THE_HEAD:
         if getattr(shape, field, None) not in (None, 1.0):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bfpo_exp.config.schema import Deepspeed, Optimisation
+from bfpo_exp.config.training import Deepspeed, Optimisation
 from bfpo_exp.logprobs.head import CHUNK
 from bfpo_exp.plan.parameters import Shape
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from bfpo_exp.config.schema import Lora, Model, Trainable
+from bfpo_exp.config.schema import Model
+from bfpo_exp.config.training import Lora, Trainable
 from bfpo_exp.models.policy import declared_architecture, select_trainable, without_weights
 from bfpo_exp.models.tokenizers import SPECIAL
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bfpo_exp.config.schema import Config, Source
+from bfpo_exp.config.data import Source
+from bfpo_exp.config.schema import Config
 from bfpo_exp.distributed import group
 from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.paths import chosen_path

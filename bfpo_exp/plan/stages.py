@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bfpo_exp.config.schema import Config, Data, Loss, Optimisation, Source
+from bfpo_exp.config.data import Data, Source
+from bfpo_exp.config.schema import Config, Loss
+from bfpo_exp.config.training import Optimisation
 from bfpo_exp.rewards.use import trains_reward_model
 from bfpo_exp.train.loop import total_steps
 

@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from bfpo_exp.config.schema import Config, Model, SeededOptimisation
+from bfpo_exp.config.schema import Config, Model
+from bfpo_exp.config.training import SeededOptimisation
 from bfpo_exp.logprobs.paths import PADDED, LogpsPath, Rows, chosen_path
 from bfpo_exp.models.policy import random_weights, select_trainable
 from bfpo_exp.plan.parameters import Shape

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from bfpo_exp.config.data import Format
 from bfpo_exp.config.rewards import Head, Heads
-from bfpo_exp.config.schema import Format
 from bfpo_exp.data.chat import ChatFormat
 from bfpo_exp.data.records import Prompt
 from bfpo_exp.data.sources import files_digest

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Model, RewardOptimisation
+from bfpo_exp.config.schema import Model
+from bfpo_exp.config.training import RewardOptimisation
 from bfpo_exp.data.batches import BatchOrder
 from bfpo_exp.data.pairs import TokenisedPairs
 from bfpo_exp.distributed import group

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bfpo_exp import world
-from bfpo_exp.config.schema import Optimisation, Train
+from bfpo_exp.config.training import Optimisation, Train
 from bfpo_exp.data.chat import ChatFormat
 from bfpo_exp.data.conversations import sft_format
 from bfpo_exp.data.records import Message

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from datasets import concatenate_datasets
 
-from bfpo_exp.config.schema import Config, Data
+from bfpo_exp.config.data import Data
+from bfpo_exp.config.schema import Config
 from bfpo_exp.config.types import StreamName
 from bfpo_exp.data.demos import DemoMix, load_demos
 from bfpo_exp.data.mix import PairMix, label_cells, load_pairs

@@ -11,7 +11,8 @@ import numpy as np
 from datasets import Dataset, load_from_disk
 
 from bfpo_exp.config.rewards import Combination, Lagrangian
-from bfpo_exp.config.schema import STREAMS, StreamName
+from bfpo_exp.config.schema import STREAMS
+from bfpo_exp.config.types import StreamName
 from bfpo_exp.distributed import group
 from bfpo_exp.hashing import code_version
 from bfpo_exp.logprobs.paths import chosen_path

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from bfpo_exp.config.schema import Config, SeededOptimisation
+from bfpo_exp.config.schema import Config
+from bfpo_exp.config.training import SeededOptimisation
 from bfpo_exp.data.arrow import DEMO_FEATURES
 from bfpo_exp.data.chat import ChatFormat
 from bfpo_exp.data.clean import KEEP, demo_reasons
@@ -200,10 +201,6 @@ def check_steerlm(context: Context) -> None:
     text = attribute_text(loss, loss.steer.model_dump())
     if chat.spells_control(text):
         raise UserError(f"loss.template={loss.template!r} spells a control token of the tokenizer")
-    if train.tokens_per_microbatch is not None:
-        raise UserError(
-            "loss=steerlm cuts its batches by train.microbatch; set train.tokens_per_microbatch=null"
-        )
     new = f"the tokenizer of model={config.model.name} lacks the words {', '.join(words)}"
     if words and train.lora is not None:
         raise UserError(f"{new}, whose embeddings no adapter trains; set train.lora=null")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Optimisation
+from bfpo_exp.config.training import Optimisation
 from bfpo_exp.distributed import group, join
 from bfpo_exp.errors import UserError
 from bfpo_exp.train.engine import scheduled

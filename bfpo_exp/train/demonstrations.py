@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bfpo_exp.config.schema import SeededOptimisation
+from bfpo_exp.config.training import SeededOptimisation
 from bfpo_exp.data.batches import BatchOrder
 from bfpo_exp.distributed import group
 from bfpo_exp.logprobs.packed import (

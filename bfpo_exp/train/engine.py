@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Optimisation
+from bfpo_exp.config.training import Optimisation
 from bfpo_exp.distributed import group, sum_
 from bfpo_exp.train.masters import MasterWeights
 from bfpo_exp.train.optimisers import make_optimiser

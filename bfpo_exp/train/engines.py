@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bfpo_exp.config.schema import Deepspeed, Optimisation
+from bfpo_exp.config.training import Deepspeed, Optimisation
 from bfpo_exp.distributed import group
 from bfpo_exp.errors import UserError
 from bfpo_exp.train.engine import Engine, PlainEngine

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bfpo_exp.config.schema import Deepspeed, Train
-from bfpo_exp.errors import UserError
 from bfpo_exp.logprobs.paths import LogpsPath, Rows
 
 if TYPE_CHECKING:
@@ -22,16 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
-
-
-def check_reference(train: Train, deepspeed: Deepspeed) -> None:
-    """A `UserError` for a live reference of weights of which a process holds parts only (ZeRO 3)."""
-    stage = (deepspeed.config or {}).get("zero_optimization", {}).get("stage", 0)
-    if train.reference == "live" and train.lora is None and stage == 3:
-        raise UserError(
-            f"train.reference=live needs whole weights in every process, which deepspeed={deepspeed.name} "
-            "does not keep; use train.reference=cached, adapters (train=lora), or deepspeed=none|zero1|zero2"
-        )
 
 
 class Reference(Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bfpo_exp.config.schema import Optimisation
+from bfpo_exp.config.training import Optimisation
 from bfpo_exp.distributed import asked_to_stop, stepping, sum_
 from bfpo_exp.train.engine import Engine
 

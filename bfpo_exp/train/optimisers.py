@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from bfpo_exp.config.schema import Optimisation
+from bfpo_exp.config.training import Optimisation
 from bfpo_exp.errors import UserError
 
 FUSED = ("cpu", "cuda")  # devices on which torch steps all of AdamW in one kernel

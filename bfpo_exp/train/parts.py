@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from bfpo_exp.config.schema import Train
+from bfpo_exp.config.training import Train
 from bfpo_exp.distributed import group
 from bfpo_exp.logprobs.paths import Lengths, LogpsPath, passes
 

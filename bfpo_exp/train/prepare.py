@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from bfpo_exp.config.schema import Optimisation, Train
+from bfpo_exp.config.training import Optimisation, Train
 from bfpo_exp.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ one function and one line here.
 
 from __future__ import annotations
 
-from bfpo_exp.config.schema import Source
+from bfpo_exp.config.data import Source
 from bfpo_exp.data.readers.base import DemoReading, Factory, PairReading, RowReader
 from bfpo_exp.data.readers.columns import columns
 from bfpo_exp.data.readers.demos import ultrachat

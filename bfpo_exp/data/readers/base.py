@@ -8,7 +8,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
-from bfpo_exp.config.schema import Source
+from bfpo_exp.config.data import Source
 from bfpo_exp.config.types import Strict
 from bfpo_exp.data.readers.rows import Row
 from bfpo_exp.data.records import DemoRecord, Message, PairRecord

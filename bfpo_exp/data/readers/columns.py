@@ -17,7 +17,7 @@ With `chosen` and `rejected`, ``options.preference`` says what they were chosen 
 
 from __future__ import annotations
 
-from bfpo_exp.config.schema import Source
+from bfpo_exp.config.data import Source
 from bfpo_exp.data.readers.base import Index, NoOptions, PairReading, RowReader, read_options
 from bfpo_exp.data.readers.pairs import INDEX, Preference, orders
 from bfpo_exp.data.readers.rows import Row

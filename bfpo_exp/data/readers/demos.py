@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bfpo_exp.config.schema import Source
+from bfpo_exp.config.data import Source
 from bfpo_exp.data.readers.base import DemoReading, NoOptions, RowReader, read_options
 from bfpo_exp.data.readers.rows import Row, SchemaError
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from bfpo_exp.config.schema import Source
+from bfpo_exp.config.data import Source
 from bfpo_exp.config.types import Strict
 from bfpo_exp.data.readers.base import Index, NoOptions, PairReading, RowReader, read_options
 from bfpo_exp.data.readers.rows import Row, SchemaError

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from bfpo_exp.config.schema import PairSource, Source
+from bfpo_exp.config.data import PairSource, Source
 from bfpo_exp.config.types import Count, Share, StreamName, Strict
 from bfpo_exp.data.readers.base import read_options
 from bfpo_exp.data.records import PairRecord

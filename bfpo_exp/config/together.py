@@ -1,0 +1,34 @@
+"""Values that are each allowed, but not together."""
+
+from __future__ import annotations
+
+from bfpo_exp.config.schema import Config
+from bfpo_exp.errors import UserError
+
+
+def check_together(config: Config) -> None:
+    """A `UserError` for the first values of a config that contradict each other."""
+    if "preference" not in config.stages:
+        return
+    train, engine = config.train, config.deepspeed
+    if config.data.batches == "balanced" and train.batch % 2:
+        raise UserError(
+            f"train.batch={train.batch} is odd, but data.batches=balanced takes half of it from "
+            "each stream; give an even number"
+        )
+    if train.reference == "live" and train.lora is None and engine.stage == 3:
+        raise UserError(
+            f"train.reference=live needs whole weights in every process, which deepspeed={engine.name} "
+            "does not keep; use train.reference=cached, adapters (train=lora), or deepspeed=none|zero1|zero2"
+        )
+    if config.loss.name == "morl" and engine.stage == 3:
+        raise UserError(
+            f"loss=morl samples from the policy, whose weights deepspeed={engine.name} keeps in "
+            "parts; use deepspeed=none|zero1|zero2"
+        )
+    if config.loss.name == "morl" and train.compile:
+        raise UserError("train.compile=true is for losses on pairs: loss=morl also samples from the model")
+    if config.loss.name == "steerlm" and train.tokens_per_microbatch is not None:
+        raise UserError(
+            "loss=steerlm cuts its batches by train.microbatch; set train.tokens_per_microbatch=null"
+        )

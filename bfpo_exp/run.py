@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 import time
 import traceback
@@ -23,16 +22,14 @@ from bfpo_exp.compare.curves import training_curves
 from bfpo_exp.config.rewards import ClassifierReward
 from bfpo_exp.config.schema import Config
 from bfpo_exp.config.schema import Stage as PipelineStage
-from bfpo_exp.data.card import card_metrics, dataset_card
 from bfpo_exp.data.demos import demos_fingerprint
 from bfpo_exp.data.mix import pairs_fingerprint
 from bfpo_exp.distributed import group, join, lost_another, told
 from bfpo_exp.errors import UserError
 from bfpo_exp.hashing import code_version, stable_hash
 from bfpo_exp.heartbeat import Heartbeat
-from bfpo_exp.losses import get_loss, is_staged
+from bfpo_exp.losses import get_loss
 from bfpo_exp.models.numerics import resolved_attention
-from bfpo_exp.models.output import ModelCard, Stage, card_text, model_card
 from bfpo_exp.models.policy import weights_fingerprint
 from bfpo_exp.named_runs import run_name
 from bfpo_exp.paths import home
@@ -41,21 +38,15 @@ from bfpo_exp.rewards.use import told as told_rewards
 from bfpo_exp.rewards.use import trains_reward_model, unread, uses_rewards
 from bfpo_exp.runtime import before_compute
 from bfpo_exp.stages.bandit import bandit
-from bfpo_exp.stages.base import COUNTS, base_model, sft_model
-from bfpo_exp.stages.context import Context, Weights, demo_mix, device, training_mix
-from bfpo_exp.stages.evaluate import evaluate
-from bfpo_exp.stages.online import SAMPLES
-from bfpo_exp.stages.preference import policy, reference_pass, tokenised_stream
-from bfpo_exp.stages.reward import PLOT, reward_model
-from bfpo_exp.stages.reward import REPORT as REWARD_REPORT
-from bfpo_exp.stages.soup import soup_card, soup_made_of, soup_model, soup_text
+from bfpo_exp.stages.context import Context, device, training_mix
+from bfpo_exp.stages.pipeline import REPORT, pipeline
+from bfpo_exp.stages.soup import soup_made_of, soup_text
 from bfpo_exp.store import Store
 from bfpo_exp.tracking.environment import environment_tags
 from bfpo_exp.tracking.metrics_file import MetricsFile
 from bfpo_exp.tracking.recorder import Recorder, failed, publish_copy
 from bfpo_exp.tracking.runs import REWARDS
 from bfpo_exp.tracking.sync_later import LATER, Later
-from bfpo_exp.tracking.tables import write_table
 
 SYNC_SECONDS = 5.0  # between two sendings of a run's metrics while it trains
 COMPUTES = (
@@ -65,7 +56,6 @@ COMPUTES = (
 OTHER_FAILURE = "failure.txt"  # of a process other than the main one
 VANISHED = "another process of the run has vanished"  # and left no word; the reason begins so
 TRACEBACK = "traceback.txt"  # of a failure
-REPORT = "report.txt"  # what a run has to say beyond its scores
 
 
 @dataclass(frozen=True)
@@ -178,7 +168,7 @@ def _follow(config: Config) -> Outcome:
     if told(False):
         return Outcome("reused", {}, run_dir, time.perf_counter() - started)
     try:
-        _pipeline(Context(config, Store(home() / "store"), MetricsFile(os.devnull)), None)
+        pipeline(Context(config, Store(home() / "store"), MetricsFile(os.devnull)), None)
     except Exception as error:
         reason = _reason(error)
         traceback.print_exc()
@@ -278,7 +268,7 @@ def _execute(context: Context, run_dir: Path, enter: Callable[[str], None]) -> N
         enter("bandit")
         (artifacts / REPORT).write_text(bandit(context, run_dir))
     if config.pipeline:
-        _pipeline(context, artifacts, enter)
+        pipeline(context, artifacts, enter)
     context.metrics.close()
     training_curves(context.metrics, artifacts / "training.png", f"{config.label}, seed {config.seed}")
 
@@ -289,96 +279,7 @@ def make_ahead(config: Config, stages: Sequence[PipelineStage]) -> None:
     join()
     cut = config.model_copy(update={"stages": list(stages)})
     with tempfile.TemporaryDirectory() as aside:
-        _pipeline(Context(cut, Store(home() / "store"), MetricsFile(Path(aside) / "metrics.jsonl")), None)
-
-
-def _pipeline(
-    context: Context, artifacts: Path | None, enter: Callable[[str], None] = lambda stage: None
-) -> None:
-    """From a base model to the scores of a policy; ``artifacts`` is None where another process writes."""
-    config = context.config
-    if "soup" in config.stages:
-        enter("soup")
-        weights = soup_model(context)
-    else:
-        enter("base")
-        weights = base_model(context)
-    if "sft" in config.stages:
-        enter("sft")
-        weights = sft_model(context, weights)
-    if {"reference", "preference"} & set(config.stages) or trains_reward_model(config):
-        _describe_data(context, weights, artifacts)
-    if trains_reward_model(config):
-        enter("reward")
-        _show_reward_model(reward_model(context, weights), artifacts)
-    compares = bool({"reference", "preference"} & set(config.stages)) and not is_staged(config.loss)
-    if compares and config.train.reference == "cached":
-        enter("reference")
-        reference_pass(_first_trained(context), weights)
-    if "preference" in config.stages:
-        enter("preference")
-        weights = policy(context, weights)
-    if artifacts and weights.own:
-        _link(artifacts.parent / "model", Path(weights.path))
-        if (samples := Path(weights.path) / SAMPLES).exists():
-            shutil.copyfile(samples, artifacts / SAMPLES)
-    if "evaluate" in config.stages:
-        enter("evaluate")
-        scores, responses = evaluate(context, weights)
-        if artifacts is None:
-            return
-        context.metrics.append(0, scores)
-        if responses:
-            write_table(artifacts / "generations.json", responses)
-        (artifacts / "model_card.md").write_text(card_text(_card(config, scores)))
-
-
-def _card(config: Config, scores: Mapping[str, float]) -> ModelCard:
-    """The card of the model that was evaluated."""
-    if "soup" in config.stages:
-        return soup_card(config, scores)
-    stage: Stage = next((s for s in ("preference", "sft") if s in config.stages), "base")
-    return model_card(config, stage, scores=scores)
-
-
-def _show_reward_model(model: Weights, artifacts: Path | None) -> None:
-    """A reward model's folder, its reliability and what is to be said of it, where users look for them."""
-    if artifacts is None:
-        return
-    _link(artifacts.parent / "reward_model", Path(model.path))
-    shutil.copy(Path(model.path, PLOT), artifacts / PLOT)
-    shutil.copy(Path(model.path, REWARD_REPORT), artifacts / REPORT)
-
-
-def _link(link: Path, target: Path) -> None:
-    """A link where users look for a run's model."""
-    link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(target, link.parent))
-
-
-def _first_trained(context: Context) -> Context:
-    """The run at the first of its preference stages, whose reference is the model that it starts from."""
-    while context.config.loss.first is not None:
-        context = context.of_first_loss()
-    return context
-
-
-def _describe_data(context: Context, start: Weights, artifacts: Path | None) -> None:
-    """The data set's card, and its counts as metrics."""
-    data = context.config.data
-    pairs = training_mix(data)
-    tokens = {
-        f"pairs_{stream}": json.loads((tokenised_stream(context, stream) / COUNTS).read_text())
-        for stream in data.streams
-    }
-    if artifacts is None:
-        return
-    demos = None
-    if "sft" in context.config.stages:
-        demos = demo_mix(data)
-        tokens["demonstrations"] = json.loads((Path(start.path) / COUNTS).read_text())
-    (artifacts / "dataset_card.md").write_text(dataset_card(data, pairs, demos, tokens))
-    context.metrics.append(0, card_metrics(pairs, demos, tokens))
+        pipeline(Context(cut, Store(home() / "store"), MetricsFile(Path(aside) / "metrics.jsonl")), None)
 
 
 def _tags(config: Config) -> dict[str, str]:

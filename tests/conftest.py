@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from app_support import Command, Done
+from server_support import server  # noqa: F401
 from slurm_support import slurm  # noqa: F401
 
 if TYPE_CHECKING:

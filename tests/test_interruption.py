@@ -2,50 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from process_support import entries, finish, numbers, start
 
 pytestmark = pytest.mark.slow
 SMOKE = ["experiment=smoke", "train.steps=30", "train.log_every=1"]
-
-
-def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "bfpo_exp", *arguments],
-        env={**os.environ, "BFPO_EXP_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return out
-
-
-def entries(home: Path) -> list[dict]:
-    (file,) = (home / "run").glob("*/metrics.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-
-
-def numbers(home: Path) -> dict[tuple[str, int], float]:
-    return {
-        (name, entry["step"]): value
-        for entry in entries(home)
-        for name, value in entry["metrics"].items()
-        if not name.startswith("perf/")
-    }
 
 
 def test_a_killed_run_continues_where_the_store_stands(tmp_path: Path) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
+from process_support import entries, numbers
 
 SUPPORT = Path(__file__).with_name("kill_support.py")
 KILLS = 10
@@ -27,20 +26,6 @@ def done(home: Path, engine: str, kills: int) -> None:
         timeout=600,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-def entries(home: Path) -> list[dict[str, Any]]:
-    (file,) = (home / "run").glob("*/metrics.jsonl")
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def numbers(home: Path) -> dict[tuple[str, int], float]:
-    return {
-        (name, entry["step"]): value
-        for entry in entries(home)
-        for name, value in entry["metrics"].items()
-        if not name.startswith("perf/")
-    }
 
 
 def weights(home: Path) -> dict[str, str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from process_support import finish, start
 
 from bfpo_exp.errors import UserError
 from bfpo_exp.paths import config_dir
@@ -278,23 +277,6 @@ BANDIT = [
     "loss.alpha=interval(0.4,0.6)",
     "loss.b1=tag(log,interval(2,8))",
 ]
-
-
-def start(home: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "bfpo_exp", *arguments],
-        env={**os.environ, "BFPO_EXP_HOME": str(home)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code, err
-    return out
 
 
 def complete(home: Path) -> dict[int, tuple[float, ...]]:

@@ -6,16 +6,16 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from server_support import Server
 from slurm_support import Slurm
 
 from bfpo_exp.heartbeat import last_beat
@@ -340,48 +340,17 @@ def test_a_shared_stage_that_fails_and_a_sweep_that_is_cancelled(home: Path) -> 
     assert_complete(manifest)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
-    """The address of a real MLflow server, and what starts and kills it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    running: list[subprocess.Popen[bytes]] = []
-    store = ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
-    files = ["--artifacts-destination", str(tmp_path / "files"), "--workers", "1"]
-
-    def up() -> None:
-        words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), *store, *files]
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-m", *words],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        )
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-
-    def down() -> None:
-        os.killpg(running[-1].pid, signal.SIGKILL)
-        running.pop().wait()
-
-    up()
-    yield f"http://127.0.0.1:{port}", up, down
-    while running:
-        down()
-
-
 def test_a_node_dies_and_a_time_limit_comes_twice_while_the_server_is_away(
-    home: Path, slurm: Slurm, server: tuple[str, Callable[[], None], Callable[[], None]]
+    home: Path, slurm: Slurm, server: Server
 ) -> None:
     """Each of two jobs has a node of its own: one is killed, on the other USR2 says that time is up."""
-    uri, up, down = server
+    uri = server.uri
     manifest = handed_in(
         *TRAINED, "seed=0,1", f"tracking.uri={uri}", "hydra.launcher.options={exclusive: true}"
     )
     until(lambda: in_the_middle(manifest, 0))
     beat = last_beat(manifest.run_dir(1)) or until(lambda: last_beat(manifest.run_dir(1)))
-    down()
+    server.down()
     first = until(lambda: in_the_middle(manifest, 0))
     time_is_up(manifest, 0)
     until(lambda: in_the_middle(manifest, 1))
@@ -390,7 +359,7 @@ def test_a_node_dies_and_a_time_limit_comes_twice_while_the_server_is_away(
     slurm.start_node(beat[0].host)
     second = until(lambda: in_the_middle(manifest, 0, since=first + 20))
     time_is_up(manifest, 0)
-    up()
+    server.up()
     out = ended(manifest)
     assert "2 runs, of which 0 reused and 0 failed" in out
     assert said(manifest, 0, "continuing after step") == 2

@@ -7,16 +7,16 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from server_support import Server
 
 from bfpo_exp.config.schema import Config
 from bfpo_exp.heartbeat import HEARTBEAT
@@ -363,47 +363,13 @@ def test_a_hundred_trivial_jobs_cost_no_memory(home: Path) -> None:
 # ---------------------------------------------------------------- the tracking server
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
-    """The address of a real MLflow server, and what starts and kills it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    running: list[subprocess.Popen[bytes]] = []
-    store = ["--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"]
-    files = ["--artifacts-destination", str(tmp_path / "files"), "--workers", "1"]
-
-    def up() -> None:
-        words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), *store, *files]
-        running.append(
-            subprocess.Popen(
-                [sys.executable, "-m", *words],
-                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        )
-        until(lambda: socket.socket().connect_ex(("127.0.0.1", port)) == 0)
-
-    def down() -> None:
-        os.killpg(running[-1].pid, signal.SIGKILL)
-        running.pop().wait()
-
-    up()
-    yield f"http://127.0.0.1:{port}", up, down
-    while running:
-        down()
-
-
-def test_a_tracking_server_that_dies_and_comes_back_loses_nothing(
-    home: Path, server: tuple[str, Callable[[], None], Callable[[], None]]
-) -> None:
-    uri, up, down = server
+def test_a_tracking_server_that_dies_and_comes_back_loses_nothing(home: Path, server: Server) -> None:
+    uri = server.uri
     sweep = start("bfpo_exp", *FOUR, f"tracking.uri={uri}")
     until(lambda: in_the_middle(home), sweep)
-    down()
+    server.down()
     until(lambda: list(home.glob("sweep/*/*/outcome.json")), sweep)
-    up()
+    server.up()
     end(sweep)
     resumed()
     assert_complete(uri=uri)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bfpo_exp.paths import home
-from bfpo_exp.run import REPORT, show_in
+from bfpo_exp.run import show_in
+from bfpo_exp.stages.pipeline import REPORT
 from bfpo_exp.sweep.manifest import Manifest
 from bfpo_exp.sweep.state import DONE, JobState, job_states, summary, unfinished
 from bfpo_exp.tracking.parent import finish_parent, has_child

@@ -292,7 +292,7 @@ def test_a_sweep_is_planned_once_a_distinct_job(command: Command, tmp_path: Path
     assert done.code == 0, done.err
     assert done.out.startswith("12 jobs, 4 distinct\n")
     assert done.out.count("3 jobs, seeds 0, 1, 2") == 4
-    for alpha in ("0.5", "0.0"):
+    for alpha in ("0.5", "0"):
         for batches in ("balanced", "shuffle"):
             assert done.out.count(f"alpha {alpha}), order helpfulness, batches {batches}") == 1
     assert done.out.count("7,241,732,096 parameters") == 1, "what is the same is told once"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bfpo_exp.config.data import Source
 from bfpo_exp.config.schema import Config
@@ -155,7 +155,7 @@ def _stage(
 ) -> Iterator[str]:
     settings, unit = stage.optimisation, stage.unit
     if stage.loss is not None:
-        numbers = ", ".join(f"{name} {value}" for name, value in stage.loss.hyperparameters.items())
+        numbers = _numbers(stage.loss.hyperparameters)
         order = f"order {stage.loss.order}, batches {config.data.batches}"
         yield f"{stage.loss.name} ({numbers}), {order if stage.loss.order else 'no pairs compared'}"
     gpus = _counted(stage.processes, "GPU", "GPUs")
@@ -266,7 +266,17 @@ def _published(config: Config) -> Iterator[str]:
         yield f"another here (published): {', '.join(other)}"
 
 
+def _numbers(values: Mapping[str, Any]) -> str:
+    """Settings in words, those of a part in brackets."""
+    return ", ".join(
+        f"{name} ({_numbers(value)})" if isinstance(value, Mapping) else f"{name} {_value(value)}"
+        for name, value in values.items()
+    )
+
+
 def _value(value: object) -> str:
+    if value is None:
+        return "null"
     if isinstance(value, float):
         return f"{value:g}"
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

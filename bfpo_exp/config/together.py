@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bfpo_exp.config.schema import Config
 from bfpo_exp.errors import UserError
+from bfpo_exp.losses import StagedLoss, get_loss
 
 
 def check_together(config: Config) -> None:
@@ -21,14 +22,23 @@ def check_together(config: Config) -> None:
             f"train.reference=live needs whole weights in every process, which deepspeed={engine.name} "
             "does not keep; use train.reference=cached, adapters (train=lora), or deepspeed=none|zero1|zero2"
         )
-    if config.loss.name == "morl" and engine.stage == 3:
+    loss = get_loss(config.loss.name)
+    if isinstance(loss, StagedLoss):
+        _check_staged(loss, config)
+
+
+def _check_staged(loss: StagedLoss, config: Config) -> None:
+    train, engine = config.train, config.deepspeed
+    if loss.samples and engine.stage == 3:
         raise UserError(
-            f"loss=morl samples from the policy, whose weights deepspeed={engine.name} keeps in "
+            f"loss={loss.name} samples from the policy, whose weights deepspeed={engine.name} keeps in "
             "parts; use deepspeed=none|zero1|zero2"
         )
-    if config.loss.name == "morl" and train.compile:
-        raise UserError("train.compile=true is for losses on pairs: loss=morl also samples from the model")
-    if config.loss.name == "steerlm" and train.tokens_per_microbatch is not None:
+    if loss.samples and train.compile:
         raise UserError(
-            "loss=steerlm cuts its batches by train.microbatch; set train.tokens_per_microbatch=null"
+            f"train.compile=true is for losses on pairs: loss={loss.name} also samples from the model"
+        )
+    if not loss.cuts_by_tokens and train.tokens_per_microbatch is not None:
+        raise UserError(
+            f"loss={loss.name} cuts its batches by train.microbatch; set train.tokens_per_microbatch=null"
         )

@@ -23,6 +23,9 @@ class StagedLoss:
         hyperparameters: the schema of its keys beyond those that every loss has.
         needs_rewards: whether it asks ``reward`` for numbers of responses.
         combines: whether ``combine`` makes one number of them.
+        samples: whether its policy samples while it trains, so that its rows are prompts, and every process
+            needs the plain model with whole weights.
+        cuts_by_tokens: whether its micro-batches may be cut by tokens.
         steers: whether its policy is told at evaluation what to be (``steer`` of its hyper-parameters).
     """
 
@@ -30,6 +33,8 @@ class StagedLoss:
     hyperparameters: type[BaseModel]
     needs_rewards: bool
     combines: bool = False
+    samples: bool = False
+    cuts_by_tokens: bool = True
     steers: bool = False
 
     @property
@@ -52,6 +57,6 @@ def is_staged(loss: Named) -> bool:
 
 
 STAGED: dict[str, StagedLoss] = {
-    "morl": StagedLoss("morl", Morl, needs_rewards=True, combines=True),
-    "steerlm": StagedLoss("steerlm", SteerLM, needs_rewards=True, steers=True),
+    "morl": StagedLoss("morl", Morl, needs_rewards=True, combines=True, samples=True),
+    "steerlm": StagedLoss("steerlm", SteerLM, needs_rewards=True, cuts_by_tokens=False, steers=True),
 }

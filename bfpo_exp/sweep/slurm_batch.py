@@ -4,12 +4,13 @@
 
 It is what the script of an array ends in, on the first node of each job.  The processes are those of
 `bfpo_exp.sweep.job`, one a GPU.  They keep how a job of the sweep ended; what they could not say any
-more is said here.  A job is queued again at its time limit; SLURM itself does so when the job is
-preempted, or a node fails.
+more is said here.  A job is queued again at its time limit, and where its processes alone were told to end;
+SLURM itself does so when the job is preempted, or a node fails.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +26,9 @@ from bfpo_exp.sweep.state import Ending
 from bfpo_exp.sweep.workers import death
 
 FAILURE = "failure.txt"  # `bfpo_exp.run.OTHER_FAILURE`, whose module is heavy
+INTERRUPTED = (130, 128 + signal.SIGTERM)  # exit codes of processes that have heeded a signal, or not
 NODE_PATIENCE = 330.0  # seconds; SLURM's own, SlurmdTimeout, is 300 unless a cluster sets it
+SIGNAL_PATIENCE = 5.0  # seconds; SLURM's signals to a job's processes and to its script come together
 # Each process's place in the group, in the words that PyTorch and DeepSpeed read.
 RANKS = 'export RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 
@@ -50,7 +53,7 @@ class Batch:
     def ended(self, number: int, frame: object) -> None:
         """SLURM ends the job, and has told all processes of it itself."""
         if self.time_is_up and not self.ended_by_slurm:  # too little time was left to save
-            self.queue_again()
+            self.queue_again("its time was up")
         self.ended_by_slurm = True
 
     def left(self) -> list[int]:
@@ -65,7 +68,11 @@ class Batch:
             if self.ended_by_slurm:
                 return
             if self.time_is_up and self.unfinished(code):
-                self.queue_again()
+                self.queue_again("its time was up")
+                return
+            if self.was_interrupted(numbers, started, code):
+                if not self.slurm_ends_it(SIGNAL_PATIENCE):
+                    self.queue_again("it was interrupted")
                 return
             if self.task.stages and not code:
                 return
@@ -73,8 +80,8 @@ class Batch:
                 continue
             begun = next((n for n in numbers if self.was_begun(n, started)), numbers[0])
             words = self.last_words(begun, started)
-            if words is None and self.array.nodes > 1 and self.a_node_has_died():
-                return
+            if words is None and self.array.nodes > 1 and self.slurm_ends_it(NODE_PATIENCE):
+                return  # a node has died
             if self.task.stages:
                 self.fail(numbers, f"what it shares with other jobs ({self.what}) failed: {_died(code)}")
             else:
@@ -92,11 +99,11 @@ class Batch:
             self.step.send_signal(signal.SIGUSR2)
         return self.step.wait()
 
-    def a_node_has_died(self) -> bool:
-        """Wait as long as SLURM may take to see that a node is gone; it then ends the job and requeues it."""
-        deadline = time.monotonic() + NODE_PATIENCE
+    def slurm_ends_it(self, patience: float) -> bool:
+        """Whether SLURM ends the job within so many seconds; it then queues it again itself."""
+        deadline = time.monotonic() + patience
         while time.monotonic() < deadline and not self.ended_by_slurm:
-            time.sleep(1.0)
+            time.sleep(0.5)
         return self.ended_by_slurm
 
     @property
@@ -118,6 +125,18 @@ class Batch:
         last = last_beat(self.manifest.run_dir(number))
         return last is not None and last[1] >= since
 
+    def was_interrupted(self, numbers: Sequence[int], since: float, code: int) -> bool:
+        """Whether the processes were told to end by someone else; SLURM repeats what a lost node missed.
+
+        A process that was killed has another code, though it makes srun end the others in this way.
+        """
+        if code not in INTERRUPTED:
+            return False
+        files = [self.manifest.run_dir(number) / "status.json" for number in numbers]
+        recent = [file for file in files if file.exists() and file.stat().st_mtime >= since]
+        reasons = [json.loads(file.read_text()).get("reason") for file in recent]
+        return bool(self.task.stages) or "interrupted" in reasons
+
     def last_words(self, number: int, since: float) -> str | None:
         """What a process other than the main one died of."""
         file = self.manifest.run_dir(number) / FAILURE
@@ -129,17 +148,15 @@ class Batch:
         for number in numbers:
             Ending("failed", 0.0, reason).save(self.manifest.job_dir(number))
 
-    def queue_again(self) -> None:
+    def queue_again(self, why: str) -> None:
         """Go to the queue's end, unless that has been too often."""
         self.ended_by_slurm = True
         before = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if before >= self.array.requeues:
             limit = f"requeues={self.array.requeues}"
-            return self.fail(
-                self.left(), f"its time was up, and it was queued again {before} times ({limit})"
-            )
+            return self.fail(self.left(), f"{why}, and it was queued again {before} times ({limit})")
         done = subprocess.run(["scontrol", "requeue", self.id], capture_output=True, text=True, check=False)
-        print(f"time is up; {done.stderr.strip() or 'queued again'}", flush=True)
+        print(f"{why}; {done.stderr.strip() or 'queued again'}", flush=True)
         return None
 
 

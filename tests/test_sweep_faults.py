@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -75,12 +76,13 @@ def resumed(code: int = 0) -> str:
     return end(start("bfpo_exp.sweep", "resume"), code)
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen[str] | None = None) -> None:
+def until(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None) -> Any:
     deadline = time.monotonic() + DEADLINE
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, "waited in vain"
         assert process is None or process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
+    return found
 
 
 def steps_logged(run_dir: Path) -> Counter[int]:
@@ -199,9 +201,7 @@ def test_no_job_begins_after_a_failure_with_fail_fast(home: Path) -> None:
 @pytest.mark.parametrize("retries", [0, 1])
 def test_a_killed_worker_costs_one_try_of_one_job(home: Path, retries: int) -> None:
     sweep = start("bfpo_exp", *FOUR, f"hydra.launcher.retries={retries}")
-    until(lambda: in_the_middle(home), sweep)
-    run_dir = in_the_middle(home)
-    assert run_dir is not None
+    run_dir = until(lambda: in_the_middle(home), sweep)
     os.kill(json.loads((run_dir / HEARTBEAT).read_text())["pid"], signal.SIGKILL)
     out = end(sweep, 0 if retries else 1)
     if not retries:

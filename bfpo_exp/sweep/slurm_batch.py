@@ -126,7 +126,9 @@ class Batch:
         return last is not None and last[1] >= since
 
     def was_interrupted(self, numbers: Sequence[int], since: float, code: int) -> bool:
-        """Whether the processes were told to end by someone else; SLURM repeats what a lost node missed.
+        """Whether the processes were told to end by someone else, and the job was not.
+
+        That was seen after a node had died and come back: its job's next try got a signal half a minute late.
 
         A process that was killed has another code, though it makes srun end the others in this way.
         """
